@@ -1,0 +1,47 @@
+"""lora_sft: LoRA and QLoRA fine-tuning whose promises are proven on your own model.
+
+    from lora_sft import finetune
+
+    run = finetune("path/or/hub-name", "conversations.jsonl", output_dir="runs/first")
+    print(run.chat("hello"))
+    run.merge("merged/")
+
+The names below are loaded at first use, so that importing the package costs nothing.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# No telemetry unless the user turns it on. Read by huggingface_hub when it is first imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from lora_sft.api import Chat, Preview, Run, evaluate, finetune, load, merge, preview
+    from lora_sft.chat.labels import Example, encode
+    from lora_sft.chat.rendering import Rendered, render
+    from lora_sft.config import RunConfig
+    from lora_sft.errors import LoraSftError
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Chat": "api", "Preview": "api", "Run": "api", "evaluate": "api", "finetune": "api", "load": "api", "merge": "api", "preview": "api",
+    "Example": "chat.labels", "encode": "chat.labels", "Rendered": "chat.rendering", "render": "chat.rendering",
+    "RunConfig": "config", "LoraSftError": "errors",
+}
+
+__all__ = [
+    "Chat", "Example", "LoraSftError", "Preview", "Rendered", "Run", "RunConfig",
+    "encode", "evaluate", "finetune", "load", "merge", "preview", "render",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lora_sft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lora_sft.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

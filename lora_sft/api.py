@@ -1,0 +1,215 @@
+"""The public verbs. Each one orchestrates stages and decides nothing itself."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_sft.chat.labels import Example, encode_rendered
+from lora_sft.chat.rendering import Rendered
+from lora_sft.config import RunConfig
+from lora_sft.console import console
+from lora_sft.data.conversation import Message
+from lora_sft.data.formats import to_conversations
+from lora_sft.data.sources import read_rows
+from lora_sft.errors import DataError
+from lora_sft.export.merge import merge_adapter
+from lora_sft.model.generation import reply
+from lora_sft.model.loading import load_model
+from lora_sft.model.tokenizer import prepare_speech
+from lora_sft.report.card import model_card
+from lora_sft.report.progress import LiveDisplay
+from lora_sft.report.views import data_view
+from lora_sft.settings import read_file, resolve
+from lora_sft.training.evaluation import measure
+from lora_sft.training.job import load_speech, make_job
+from lora_sft.training.output import MANIFEST, OutputFolder
+from lora_sft.training.preparation import prepare, render_all
+from lora_sft.training.progress import Listener
+from lora_sft.training.run import train
+from lora_sft.training.saving import make_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model that can be talked to.
+
+    Attributes:
+        model: of transformers, or a PeftModel.
+        tokenizer: with the chat template that was trained.
+    """
+
+    model: Any
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def chat(self, message: str | Sequence[Message], **options: Any) -> str:
+        """The reply to a message of the user, or to a whole conversation; `options` are those of `generation.reply`."""
+        messages = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
+        return reply(self.model, self.tokenizer, messages, **options)
+
+
+@dataclass(frozen=True)
+class Run(Chat):
+    """A finished training run.
+
+    Attributes:
+        output_dir: the adapter folder.
+        metrics: {"steps", "train_loss", "supervised_tokens", "tokens", "seconds", "peak_bytes", …}.
+    """
+
+    output_dir: Path
+    metrics: dict[str, Any]
+
+    def merge(self, output: str | Path, **options: Any) -> dict[str, Any]:
+        """Merges the adapter into its base; as `lora_sft.merge`."""
+        return merge(self.output_dir, output, **options)
+
+
+def finetune(
+    model: "str | Path | PreTrainedModel | None" = None,
+    dataset: Any = None,
+    *,
+    eval_dataset: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    config: "RunConfig | str | Path | Mapping[str, Any] | None" = None,
+    listeners: Sequence[Listener] | None = None,
+    **settings: Any,
+) -> Run:
+    """Trains a LoRA adapter on conversations.
+
+    Args:
+        model: a folder, a hub name, or a loaded model (then give its tokenizer too, if it does not lie with it).
+        dataset: a path, a hub name, a list of dicts, or a `datasets` object.
+        eval_dataset: likewise; evaluated during training.
+        tokenizer: instead of the one that lies with the model.
+        config: settings as a RunConfig, a mapping, or a YAML file; `settings` win over it.
+        listeners: who follows the run; None shows it on the console.
+        settings: any setting, by its name in `RunConfig`.
+
+    Raises:
+        UsageError: something that was given is wrong; nothing was started.
+        RunError: the training failed.
+    """
+    resolved, objects = _settings(config, settings, model, dataset, eval_dataset)
+    folder = OutputFolder(resolved.output_dir, resume=bool(resolved.resume_from_checkpoint))
+    try:
+        job = make_job(resolved.model_copy(update={"output_dir": str(folder.path)}), **objects, tokenizer=tokenizer)
+        console().print(data_view(job))
+        trained, result = train(job, folder, objects["model"], [LiveDisplay()] if listeners is None else listeners)
+        manifest = make_manifest(trained, job, result)
+        folder.write("README.md", model_card(manifest, job.config, folder.path.name))
+        folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
+    finally:
+        folder.release()
+    return Run(trained, job.speech.tokenizer, folder.path, result)
+
+
+def _settings(config: Any, settings: dict[str, Any], model: Any, dataset: Any, eval_dataset: Any) -> tuple[RunConfig, dict[str, Any]]:
+    """Names go into the settings; what was given as an object goes beside them."""
+    layers: list[Mapping[str, Any]] = []
+    if isinstance(config, RunConfig):
+        layers.append(config.model_dump())
+    elif config is not None:
+        layers.append(read_file(config) if isinstance(config, (str, Path)) else config)
+    objects: dict[str, Any] = {}
+    for name, setting, value in (("model", "model_name_or_path", model), ("dataset", "dataset", dataset), ("eval_dataset", "eval_dataset", eval_dataset)):
+        if isinstance(value, (str, Path)):
+            settings = {**settings, setting: str(value)}
+        objects[name] = None if isinstance(value, (str, Path)) else value
+    return resolve(*layers, settings), objects
+
+
+def load(path: str | Path, device: str = "auto") -> Chat:
+    """A model to talk to: an adapter folder (on its base, as trained), a merged model, or any model with a chat template.
+
+    Raises:
+        ModelError: there is none.
+    """
+    loaded = load_model(path, device)
+    return Chat(loaded.model, loaded.tokenizer)
+
+
+def merge(adapter: str | Path, output: str | Path, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
+    """An adapter folder → a whole model in a folder of its own, compared with the adapter; see `export.merge`."""
+    return merge_adapter(adapter, output, dtype, device)
+
+
+def evaluate(
+    path: str | Path,
+    dataset: Any,
+    *,
+    max_length: int = 2048,
+    batch_size: int = 8,
+    split: str = "train",
+    device: str = "auto",
+    chat_template: str | None = None,
+    **template_variables: Any,
+) -> dict[str, Any]:
+    """Loss, perplexity and token accuracy on the replies of a dataset; of an adapter's base too, for comparison.
+
+    Args:
+        path: an adapter folder, or a model.
+        dataset: given like that of `finetune`.
+        max_length: longer conversations are left out, and counted.
+        chat_template: a name in `templates/` or a path; None takes the one that lies with the model.
+
+    Returns:
+        {"loss", "perplexity", "token_accuracy", "supervised_tokens", "examples", "too_long"}, and for an adapter
+        "base_loss", "base_perplexity" and "base_token_accuracy".
+
+    Raises:
+        UsageError: the model, the template or the data is wrong.
+    """
+    conversations = to_conversations(read_rows(dataset, split))
+    loaded = load_model(path, device)
+    speech = prepare_speech(loaded.tokenizer, loaded.model.generation_config, chat_template)
+    prepared = prepare(conversations, speech, max_length, variables=template_variables)
+    pad_token_id = loaded.tokenizer.pad_token_id
+    found: dict[str, Any] = measure(loaded.model, prepared.examples, pad_token_id, batch_size)
+    found |= {"examples": len(prepared.examples), "too_long": len(prepared.too_long)}
+    if loaded.is_adapter:
+        with loaded.model.disable_adapter():
+            base = measure(loaded.model, prepared.examples, pad_token_id, batch_size)
+        found |= {f"base_{name}": base[name] for name in ("loss", "perplexity", "token_accuracy")}
+    return found
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One conversation as the model sees it.
+
+    Attributes:
+        source: where it came from.
+        rendered: its text, and what of it must be produced.
+        example: its tokens and labels.
+    """
+
+    source: str
+    rendered: Rendered
+    example: Example
+
+
+def preview(
+    model: "str | Path | None" = None,
+    dataset: Any = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    config: "RunConfig | str | Path | Mapping[str, Any] | None" = None,
+    **settings: Any,
+) -> Iterator[Preview]:
+    """Every conversation as text and as tokens, in order, cut to nothing; the settings are those of `finetune`.
+
+    Raises:
+        UsageError: the model, the template or the data is wrong.
+    """
+    resolved, objects = _settings(config, settings, model, dataset, None)
+    speech = load_speech(resolved, tokenizer)
+    source = resolved.dataset if objects["dataset"] is None else objects["dataset"]
+    if source is None:
+        raise DataError("no data: give conversations with dataset (--dataset)")
+    conversations = to_conversations(read_rows(source, resolved.dataset_split))
+    for conversation, text in render_all(conversations, speech, resolved.chat_template_kwargs):
+        yield Preview(conversation.source, text, encode_rendered(text, speech.tokenizer, source=conversation.source))

@@ -1,0 +1,56 @@
+"""A template's name or path → its text, and what its head comment says of it. Imports no torch.
+
+A new template: drop a .jinja file into `templates/`; its first comment holds `name: value` lines.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_sft.errors import TemplateError
+from lora_sft.resources import shipped
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template.
+
+    Attributes:
+        name: file name without `.jinja`.
+        text: Jinja source.
+        about: the `name: value` lines of its first comment; ours have `family`, `models`, `stop` (the token
+            that ends a reply), `tokens` (what the vocabulary should have), `tools`, `thinking`, `source`.
+    """
+
+    name: str
+    text: str
+    about: dict[str, str] = field(default_factory=dict)
+
+
+def shipped_templates() -> list[Template]:
+    """The templates that come with the package, by name."""
+    return [_read(path) for path in sorted(shipped("templates").glob("*.jinja"))]
+
+
+def find_template(name_or_path: str) -> Template:
+    """A template by its name in `templates/` or by the path of a .jinja file.
+
+    Raises:
+        TemplateError: neither of them exists.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".jinja", ".j2"):
+        if not path.is_file():
+            raise TemplateError(f"chat_template {name_or_path}: no such file (looked in {Path.cwd()})")
+        return _read(path)
+    known = {template.name: template for template in shipped_templates()}
+    if name_or_path not in known:
+        raise TemplateError(f'chat_template "{name_or_path}" is not one of {", ".join(known)}; a template of your own is given as a path that ends in .jinja')
+    return known[name_or_path]
+
+
+def _read(path: Path) -> Template:
+    text = path.read_text(encoding="utf-8")
+    head = re.match(r"\s*\{#-?(.*?)-?#\}", text, re.DOTALL)
+    lines = (line.partition(":") for line in head.group(1).splitlines()) if head else ()
+    return Template(path.stem, text, {key.strip(): value.strip() for key, colon, value in lines if colon})

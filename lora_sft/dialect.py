@@ -1,0 +1,114 @@
+"""Names and values of other trainers → our settings, with a sentence for each thing that was translated.
+
+A plain renaming is the `also` of a field in `config.py`; here stands what takes more than a new name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lora_sft.config import RunConfig, other_names
+from lora_sft.errors import SettingError
+
+Settings = dict[str, Any]
+
+
+def translate(given: Settings) -> tuple[Settings, list[str]]:
+    """Settings as given → (settings under our names, what was translated, in words).
+
+    Unknown names are left as they are; `settings.py` deals with them.
+
+    Raises:
+        SettingError: a value that we do not do, or one setting under two names.
+    """
+    renamed = other_names()
+    ours: Settings = {}
+    said: list[str] = []
+    for name, value in given.items():
+        if name in MEANINGS:
+            found = MEANINGS[name](value)
+            said.append(f"{name}: {value} is " + (", ".join(f"{k}: {v}" for k, v in found.items()) or "what happens anyway"))
+        elif name in renamed:
+            found = {renamed[name]: _value(renamed[name], value)}
+            if name != "model":  # our own short form
+                said.append(f"{name} is {renamed[name]} here")
+        else:
+            found = {name: _value(name, value)}
+        for key, new in found.items():
+            if key in ours and ours[key] != new:
+                raise SettingError(f"{name}: {key} is given twice, as {ours[key]!r} and {new!r}; keep one")
+            ours[key] = new
+    return ours, said
+
+
+def _value(name: str, value: Any) -> Any:
+    """Values that others allow where we have a plainer one."""
+    if value == "auto" and RunConfig.model_fields.get(name) is not None and RunConfig.model_fields[name].default is None:
+        return None  # bf16: auto, load_in_4bit: auto: chosen by us when unset
+    if name == "gradient_checkpointing" and value == "unsloth":
+        return True
+    if name in ("report_to",) and value in (None, [], ""):
+        return ["none"]
+    return value
+
+
+def _only(allowed: dict[Any, Settings], why_not: str) -> Callable[[Any], Settings]:
+    """A name with a few values that we know; any other value is refused with the reason."""
+
+    def read(value: Any) -> Settings:
+        key = value.lower() if isinstance(value, str) else value
+        if key not in allowed:
+            accepted = ", ".join(str(k).lower() if isinstance(k, bool) else str(k) for k in allowed)
+            raise SettingError(f"{value!r} is not something we do: {why_not} (accepted: {accepted})")
+        return allowed[key]
+
+    return read
+
+
+_REPLIES_ONLY = "the loss always falls on the assistant's words alone"
+_DTYPES = {
+    "bfloat16": {"bf16": True}, "bf16": {"bf16": True}, "float16": {"fp16": True}, "fp16": {"fp16": True},
+    "float32": {"bf16": False, "fp16": False}, "fp32": {"bf16": False, "fp16": False}, "auto": {},
+}
+
+
+def _dataset_list(value: Any) -> Settings:
+    """Axolotl's `datasets: [{path: …, type: chat_template}]`."""
+    entry = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(entry, str):
+        return {"dataset": entry}
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise SettingError("datasets: give one entry with a path; several datasets cannot be mixed yet")
+    unknown = set(entry) - {"path", "type", "split"}
+    if unknown:
+        raise SettingError(f"datasets: {', '.join(sorted(unknown))} has no counterpart here; remove it")
+    found = {"dataset": entry["path"]}
+    return found | ({"dataset_split": entry["split"]} if "split" in entry else {})
+
+
+# A new name of another trainer that means more than a renaming: one line here.
+MEANINGS: dict[str, Callable[[Any], Settings]] = {
+    "adapter": _only({"lora": {"load_in_4bit": False}, "qlora": {"load_in_4bit": True}}, "we train LoRA adapters"),
+    "finetuning_type": _only({"lora": {}}, "we train LoRA adapters"),
+    "fine_tune_type": _only({"lora": {}, "dora": {"use_dora": True}}, "we train LoRA adapters"),
+    "stage": _only({"sft": {}}, "we do supervised fine-tuning"),
+    "do_train": _only({True: {}}, "train is what this command does"),
+    "quantization_bit": _only({4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}, "bases are stored in 4, 8, 16 or 32 bits"),
+    "quantization_method": _only({"bnb": {}, "bitsandbytes": {}}, "we quantize with bitsandbytes"),
+    "load_in_16bit": _only({True: {"load_in_4bit": False}, False: {}}, "give true or false"),
+    "dtype": _only(_DTYPES, "give a floating-point type"),
+    "torch_dtype": _only(_DTYPES, "give a floating-point type"),
+    "lora_target_linear": _only({True: {"lora_target_modules": "all-linear"}, False: {}}, "give true or false"),
+    "train_on_inputs": _only({False: {}}, _REPLIES_ONLY),
+    "train_on_prompt": _only({False: {}}, _REPLIES_ONLY),
+    "mask_prompt": _only({True: {}}, _REPLIES_ONLY),
+    "assistant_only_loss": _only({True: {}}, _REPLIES_ONLY),
+    "train_on_responses_only": _only({True: {}}, _REPLIES_ONLY),
+    "sample_packing": _only({False: {}}, "packing is not there yet; rows are padded"),
+    "packing": _only({False: {}}, "packing is not there yet; rows are padded"),
+    "group_by_length": _only({True: {"train_sampling_strategy": "group_by_length"}, False: {}}, "give true or false"),
+    "excess_length_strategy": _only(
+        {"drop": {"truncation": "drop"}, "truncate": {"truncation": "cut"}, "raise": {"truncation": "error"}}, "rows are dropped, cut or refused"
+    ),
+    "datasets": _dataset_list,
+    "overwrite_output_dir": _only({False: {}}, "an output folder in use is never overwritten; name another"),
+}

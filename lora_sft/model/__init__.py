@@ -1,0 +1,1 @@
+"""Base model, quantization, adapter and tokenizer."""

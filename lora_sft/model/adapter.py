@@ -1,0 +1,167 @@
+"""Settings and a base model → the model with its LoRA adapter; every name in the settings must match something."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_sft.config import RunConfig
+from lora_sft.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def lora_config(config: RunConfig, new_token_ids: Sequence[int], model: "PreTrainedModel") -> "LoraConfig":
+    """Settings → PEFT's LoraConfig.
+
+    Args:
+        new_token_ids: rows of the embeddings to train.
+        model: the base or its skeleton; tells what the embeddings are called.
+
+    Raises:
+        ModelError: PEFT does not accept the settings.
+    """
+    from peft import EvaConfig, LoraConfig
+
+    starts: dict[str, Any] = {"default": True, "loftq": True}  # LoftQ sets the weights after attaching
+    given = dict(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        target_parameters=config.lora_target_parameters,
+        rank_pattern=dict(config.lora_rank_pattern),
+        alpha_pattern=dict(config.lora_alpha_pattern),
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=starts.get(config.lora_init, config.lora_init),
+        trainable_token_indices=_token_rows(model, new_token_ids),
+    )
+    if config.lora_init == "eva":
+        given["eva_config"] = EvaConfig()
+    if given["trainable_token_indices"] and model.config.get_text_config().tie_word_embeddings:
+        given["ensure_weight_tying"] = True
+    try:
+        return LoraConfig(**(given | config.lora_config))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"the adapter settings do not go together: {error}") from None
+
+
+def _token_rows(model: "PreTrainedModel", token_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    """Which rows of which modules are trained for new tokens: of the embeddings, and of the head where it is its own."""
+    if not token_ids:
+        return None
+    modules = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        modules.append(model.get_output_embeddings())
+    return {name.rpartition(".")[2]: list(token_ids) for name, module in model.named_modules() if any(module is one for one in modules)}
+
+
+def check_targets(config: RunConfig, model: "PreTrainedModel") -> None:
+    """Every name in the adapter settings must match a module or parameter of the model.
+
+    Raises:
+        ModelError: lists every name that matches nothing, and what there is.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    parameters = [name for name, _ in model.named_parameters()]
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
+    problems = []
+    targets = config.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear" and not _matches_whole(targets, modules):
+        problems.append(f"lora_target_modules: the regex {targets} matches no module; it must match a full name such as {modules[-3]}")
+    for setting, names, there in (
+        ("lora_target_modules", targets if isinstance(targets, list) else [], modules),
+        ("lora_target_parameters", config.lora_target_parameters or [], parameters),
+        ("lora_modules_to_save", config.lora_modules_to_save or [], modules),
+    ):
+        problems += [f"{setting}: {name} matches nothing in this model{_nearest(name, there)}" for name in names if not _matches_end(name, there)]
+    for setting, pattern in (("lora_rank_pattern", config.lora_rank_pattern), ("lora_alpha_pattern", config.lora_alpha_pattern)):
+        problems += [f"{setting}: {key} matches nothing in this model" for key in pattern if not _matches_whole(rf"(.*\.)?({key})", [*modules, *parameters])]
+    if isinstance(targets, list) and _matches_end(head, targets) or targets != "all-linear" and isinstance(targets, str) and _matches_whole(targets, [head]):
+        problems.append(f"lora_target_modules: TRL trains no LoRA on the output layer; train it whole with lora_modules_to_save: [{head}]")
+    if problems:
+        raise ModelError.of(problems)
+
+
+def _matches_end(name: str, there: Iterable[str]) -> bool:
+    return any(full == name or full.endswith(f".{name}") for full in there)
+
+
+def _matches_whole(pattern: str, there: Iterable[str]) -> bool:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ModelError(f"{pattern} is no regex: {error}") from None
+    return any(compiled.fullmatch(name) for name in there)
+
+
+def _nearest(name: str, there: Sequence[str]) -> str:
+    import difflib
+
+    ends = list(dict.fromkeys(full.rpartition(".")[2] for full in there if not full.rpartition(".")[2].isdigit()))
+    found = difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)
+    return f"; did you mean {found[0]}?" if found else f"; it has {', '.join(ends)}"
+
+
+def attach(model: "PreTrainedModel", settings: "LoraConfig", seed: int) -> "PeftModel":
+    """Adds a fresh adapter; the same seed gives the same start. The adapter's weights are float32.
+
+    Raises:
+        ModelError: PEFT cannot adapt what was asked for.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    try:
+        return get_peft_model(model, settings)  # type: ignore[return-value]
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"the adapter cannot be attached: {error}") from None
+
+
+def start_from_data(model: "PeftModel", start: str, batches: Iterable[dict[str, "Tensor"]], base_name: str) -> None:
+    """Starts that need more than the weights at hand: EVA (activations on real rows), LoftQ (the unquantized weights).
+
+    Args:
+        start: the setting `lora_init`.
+        batches: `input_ids` and `attention_mask`, (batch, length).
+        base_name: where the unquantized weights are.
+    """
+    if start == "eva":
+        from peft import initialize_lora_eva_weights
+
+        initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
+    elif start == "loftq":
+        from pathlib import Path
+
+        from peft import replace_lora_weights_loftq
+
+        folder = Path(base_name)
+        whole = folder / "model.safetensors"
+        replace_lora_weights_loftq(model, str(whole) if whole.is_file() else (str(folder) if folder.is_dir() else None))
+
+
+def describe_trained(model: "PeftModel") -> str:
+    """`1,234,567 of 89,000,000 parameters (1.39 %) in q_proj ×2, k_proj ×2, …`"""
+    trained, total = count_parameters(model)
+    modules = {_adapted_module(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kinds = Counter(module.rpartition(".")[2] for module in sorted(modules))
+    return f"{trained:,} of {total:,} parameters ({trained / total:.2%}) in " + ", ".join(f"{kind} ×{count}" for kind, count in kinds.items())
+
+
+def _adapted_module(parameter: str) -> str:
+    """`….layers.0.self_attn.q_proj.lora_A.default.weight` → `….layers.0.self_attn.q_proj`."""
+    return re.split(r"\.(?:lora_|modules_to_save|token_adapter|trainable_tokens)", parameter)[0].removesuffix(".weight")
+
+
+def count_parameters(model: "PeftModel") -> tuple[int, int]:
+    """(trained, all); a 4-bit weight counts as the numbers that it stands for."""
+    trained, total = model.get_nb_trainable_parameters()
+    return int(trained), int(total)
+

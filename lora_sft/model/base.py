@@ -1,0 +1,230 @@
+"""Settings → the base model: first what can be known without its weights, then the weights."""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_sft.config import RunConfig
+from lora_sft.console import say
+from lora_sft.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """How the base model is loaded; recorded in `manifest.json`, so that merge and chat load the same one.
+
+    Attributes:
+        name: folder or hub name.
+        revision: branch, tag or commit of a hub model.
+        quantization: nf4, fp4, int8 or None.
+        double_quant: whether the scales of 4-bit blocks are quantized too.
+        dtype: bfloat16, float16 or float32: of the arithmetic, and of weights that are not quantized.
+        device: `cpu` or `cuda:N`.
+    """
+
+    name: str
+    revision: str | None = None
+    quantization: str | None = None
+    double_quant: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for a JSON file."""
+        return asdict(self)
+
+
+def choose_device(wanted: str) -> str:
+    """`auto`, `cuda` or `cpu` → `cuda:N` or `cpu`. With several GPUs, each process of a launcher has its own.
+
+    Raises:
+        ModelError: CUDA was asked for and is not there.
+    """
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        built = "this PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to this process"
+        raise ModelError(f"device: cuda is asked for, but {built}; install a CUDA build of PyTorch, or set device: cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        say("device", f"cuda:0, the first of {torch.cuda.device_count()} GPUs; `accelerate launch -m lora_sft train …` uses all of them")
+    return f"cuda:{rank}"
+
+
+def choose_dtype(bf16: bool | None, fp16: bool | None, device: str) -> tuple[str, str]:
+    """The dtype of the arithmetic, and why.
+
+    Raises:
+        ModelError: the device cannot do what was asked for.
+    """
+    import torch
+
+    if bf16:
+        if device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ModelError("bf16 is asked for, but this GPU has no bfloat16; use fp16, or leave both unset")
+        return "bfloat16", "asked for"
+    if fp16:
+        if device == "cpu":
+            raise ModelError("fp16 is asked for, but training in float16 needs a GPU; use bf16, or leave both unset")
+        return "float16", "asked for"
+    if device == "cpu":
+        return "float32", "on the CPU"
+    if bf16 is None and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "this GPU supports it"
+    if fp16 is None:
+        return "float16", "this GPU has no bfloat16"
+    return "float32", "16-bit arithmetic is switched off"
+
+
+def name_base(config: RunConfig) -> BaseSpec:
+    """Settings → which model, all else left at its default: enough for the small files that lie with it.
+
+    Raises:
+        ModelError: no model named.
+    """
+    if not config.model_name_or_path:
+        raise ModelError("no base model: give one with model_name_or_path (--model), a folder or a hub name")
+    return BaseSpec(_absolute(config.model_name_or_path), config.model_revision, trust_remote_code=config.trust_remote_code)
+
+
+def choose_base(config: RunConfig) -> BaseSpec:
+    """Settings → how the base will be loaded; each choice is said with its reason.
+
+    Raises:
+        ModelError: no model named, or the device cannot do what was asked for.
+    """
+    named = name_base(config)
+    device = choose_device(config.device)
+    dtype, why = choose_dtype(config.bf16, config.fp16, device)
+    say("precision", f"{dtype} ({why})")
+    quantization = _quantization(config)
+    double_quant = config.bnb_4bit_use_double_quant and quantization in ("nf4", "fp4")
+    return replace(
+        named, quantization=quantization, double_quant=double_quant, dtype=dtype, device=device, attn_implementation=config.attn_implementation
+    )
+
+
+def _absolute(name: str) -> str:
+    """A folder's whole path, so that the adapter finds its base from anywhere; a hub name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
+def _quantization(config: RunConfig) -> str | None:
+    needs_whole_weights = config.lora_init == "olora" or config.lora_init.startswith("pissa")
+    if config.load_in_8bit:
+        return "int8"
+    if config.load_in_4bit is None and needs_whole_weights:
+        say("base", f"not quantized (lora_init {config.lora_init} changes the base weights)")
+        return None
+    if config.load_in_4bit is False:
+        return None
+    if config.load_in_4bit is None:
+        double = " with double quantization" if config.bnb_4bit_use_double_quant else ""
+        say("base", f"4-bit {config.bnb_4bit_quant_type}{double} (the default; load_in_4bit: false keeps all bits)")
+    return config.bnb_4bit_quant_type
+
+
+def read_config(spec: BaseSpec) -> "PretrainedConfig":
+    """The model's `config.json`, without its weights.
+
+    Raises:
+        ModelError: there is no such model, it needs code that is not trusted, or it is no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"model {spec.name}: this folder has no config.json, so it is no model in the transformers format")
+    if not folder.is_dir() and (folder.is_absolute() or spec.name.startswith((".", "~")) or spec.name.count("/") > 1):
+        raise ModelError(f"model {spec.name}: no such folder (looked in {Path.cwd()})")
+    try:
+        config = AutoConfig.from_pretrained(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {spec.name}: cannot be had: {_first_line(error)}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
+        raise ModelError(f"model {spec.name}: {config.model_type} is no causal language model that transformers knows")
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise ModelError(f"model {spec.name}: no .safetensors file in this folder; other weight files are not read, since loading them can run code")
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        method = method if isinstance(method, dict) else method.to_dict()
+        raise ModelError(f"model {spec.name}: is stored quantized ({method.get('quant_method')}); give the full-precision model, which is quantized while loading")
+    return config
+
+
+def skeleton(config: "PretrainedConfig", spec: BaseSpec) -> "PreTrainedModel":
+    """The model without storage (on the `meta` device): module names and shapes, in well under a second."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def load_base(spec: BaseSpec) -> "PreTrainedModel":
+    """Reads the weights, quantizing them on the way.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.name,
+            revision=spec.revision,
+            dtype=getattr(torch, spec.dtype),
+            quantization_config=quantization_config(spec),
+            device_map={"": spec.device},
+            attn_implementation=spec.attn_implementation,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ImportError) as error:
+        raise ModelError(f"model {spec.name}: the weights cannot be read: {_first_line(error)}") from None
+    keep_weights_unpacked(model)
+    return model
+
+
+def quantization_config(spec: BaseSpec) -> Any:
+    """The `BitsAndBytesConfig` of a spec; None if nothing is quantized."""
+    if spec.quantization is None:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+    )
+
+
+def keep_weights_unpacked(model: Any) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place when a model is evaluated on the CPU.
+
+    On CPUs with AVX512-BF16 a `Linear4bit` in eval mode repacks its weight: afterwards dequantizing, merging and
+    saving are wrong, and no gradient flows through it. bitsandbytes 0.50; remove when repacking keeps the original.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

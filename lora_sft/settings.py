@@ -1,0 +1,230 @@
+"""Mappings, YAML files and command-line words → one RunConfig, and a RunConfig → YAML."""
+
+import ast
+import difflib
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lora_sft.config import RunConfig, other_names, sections
+from lora_sft.console import say
+from lora_sft.dialect import MEANINGS, translate
+from lora_sft.errors import SettingError
+
+# Arguments of TRL's SFTConfig that decide what we decide: data, template, masks, loss.
+OURS_TO_DECIDE = frozenset({"do_train", "do_eval", "do_predict", "disable_tqdm", "remove_unused_columns", "use_cpu"})
+
+
+def resolve(*layers: Mapping[str, Any]) -> RunConfig:
+    """Settings from several places, a later one winning over an earlier → RunConfig.
+
+    What was translated from another trainer's words is said on the console.
+
+    Raises:
+        SettingError: names everything that is wrong, at once.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        ours, said = translate({name.replace("-", "_"): value for name, value in layer.items()})
+        for words in said:
+            say("setting", words)
+        passed_on = _claim_unknown(ours)
+        if passed_on:
+            ours["training_args"] = {**merged.get("training_args", {}), **(ours.get("training_args") or {}), **passed_on}
+        merged.update(ours)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise SettingError.of([_sentence(problem, merged) for problem in error.errors()]) from None
+
+
+def _claim_unknown(ours: dict[str, Any]) -> dict[str, Any]:
+    """Takes the names that only TrainingArguments knows out of `ours`; refuses the ones that nobody knows."""
+    unknown = [name for name in ours if name not in RunConfig.model_fields]
+    theirs = _training_arguments() if unknown else frozenset()
+    strangers = [name for name in unknown if name not in theirs or name in OURS_TO_DECIDE]
+    if strangers:
+        raise SettingError.of([f'unknown setting "{name}"{_nearest(name)}' for name in strangers])
+    for name in unknown:
+        say("setting", f"{name} is passed on to TrainingArguments")
+    return {name: ours.pop(name) for name in unknown}
+
+
+@cache
+def _training_arguments() -> frozenset[str]:
+    """The names of transformers.TrainingArguments, read from its source: importing it would import torch."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        return frozenset()
+    tree = ast.parse(Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8"))
+    fields = (statement for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments" for statement in node.body)
+    return frozenset(field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name))
+
+
+def _nearest(name: str) -> str:
+    names = [*RunConfig.model_fields, *other_names(), *MEANINGS]
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {found[0]}?" if found else "; `lora-sft schema` lists them all"
+
+
+def _sentence(problem: Any, given: Mapping[str, Any]) -> str:
+    """pydantic's account of one problem → `max_length: -5: input should be greater than or equal to 2`."""
+    words = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return words
+    name = str(problem["loc"][0])
+    inside = ".".join(str(part) for part in problem["loc"][1:] if not str(part).startswith(("list[", "constrained", "function-")))
+    where = f" (at {inside})" if inside and not inside.isidentifier() else ""
+    return f"{name}: {given.get(name)!r}: {words[0].lower()}{words[1:]}{where}"
+
+
+# --- command-line words -------------------------------------------------------------------------------
+
+def from_words(words: Sequence[str]) -> dict[str, Any]:
+    """`--learning-rate 2e-4 --no-bf16 seed=7` → {"learning_rate": 0.0002, "bf16": False, "seed": 7}.
+
+    Raises:
+        SettingError: a word that is neither a setting nor the value of one.
+    """
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") and not re.match(r"[A-Za-z_][\w.-]*=", word):
+            raise SettingError(f'"{word}" is no setting; write --name value or name=value')
+        name, has_value, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if has_value:
+            _put(found, name, value)
+        elif name.startswith("no_") and name not in RunConfig.model_fields:
+            _put(found, name.removeprefix("no_"), "false")
+        elif rest and not rest[0].startswith("--") and not (_is_switch(name) and not _says_yes_or_no(rest[0])):
+            _put(found, name, rest.pop(0))
+        elif _is_switch(name):
+            _put(found, name, "true")
+        else:
+            raise SettingError(f"--{name.replace('_', '-')} needs a value")
+    return found
+
+
+def _is_switch(name: str) -> bool:
+    """Whether the setting is a boolean, so that its bare name means yes."""
+    name = other_names().get(name, name)
+    field = RunConfig.model_fields.get(name)
+    return name in MEANINGS if field is None else "bool" in str(field.annotation)
+
+
+def _says_yes_or_no(word: str) -> bool:
+    return isinstance(read_yaml(word), bool) or word.lower() in ("auto", "none", "null")
+
+
+def _put(found: dict[str, Any], name: str, text: str) -> None:
+    """Sets `name`, or for `training_args.adam_beta2` the key inside it."""
+    field, _, key = name.partition(".")
+    field = other_names().get(field, field)
+    known = RunConfig.model_fields.get(field)
+    # Names and paths stay text: a folder called 007 is not the number 7.
+    plain_text = known is not None and known.annotation in (str, str | None)
+    value = text if plain_text and text.lower() not in ("none", "null") else read_yaml(text)
+    if key:
+        found.setdefault(field, {})[key] = value
+    else:
+        found[name] = value
+
+
+# --- YAML -----------------------------------------------------------------------------------------------
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-4` is a number, and a key that stands twice is an error."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+|\d[\d_]*)(?:[eE][-+]?\d+)|\d[\d_]*\.\d*|\.\d+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _unique_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"{key} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_keys)
+
+
+def read_yaml(text: str) -> Any:
+    """YAML text → plain values; text that is no YAML stays text."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        return text
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """A YAML file of settings → mapping. Paths in it are relative to where the command runs.
+
+    Raises:
+        SettingError: no such file, broken YAML (with line and column), or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SettingError(f"{path}: no such file; `lora-sft init {path}` writes one")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise SettingError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(settings, dict):
+        raise SettingError(f"{path}: holds {type(settings).__name__}, not `name: value` lines; `lora-sft init` shows the form")
+    return {str(name): value for name, value in settings.items()}
+
+
+def to_yaml(config: RunConfig, *notes: str) -> str:
+    """Every setting with its value, in reading order; `notes` become comments at the top."""
+    lines = [f"# {note}" for note in notes]
+    for title, fields in sections():
+        lines += ["", f"# {title}"]
+        lines += [_line(name, getattr(config, name)) for name in fields]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def commented_yaml() -> str:
+    """The file that `lora-sft init` writes: the settings a first run needs, and all others as comments."""
+    config = RunConfig()
+    lines = ["# Settings of a run: `lora-sft train THIS_FILE`. A line that is commented out shows the default."]
+    for title, fields in sections():
+        lines += ["", f"# --- {title} ---"]
+        for name, field in fields.items():
+            lines += ["", f"# {field.description}"]
+            lines.append(FIRST_NEEDED.get(name, f"# {_line(name, getattr(config, name))}"))
+    return "\n".join(lines) + "\n"
+
+
+FIRST_NEEDED = {
+    "model_name_or_path": "model_name_or_path: path/or/hub-name",
+    "dataset": "dataset: conversations.jsonl",
+    "output_dir": "output_dir: runs/first",
+}
+
+
+def _line(name: str, value: Any) -> str:
+    """One `name: value` line of YAML, lists and mappings in their bracketed form."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=100_000)
+    return f"{name}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"

@@ -1,0 +1,1 @@
+"""Conversations and a model → a trained adapter in an output folder."""

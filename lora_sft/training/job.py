@@ -1,0 +1,122 @@
+"""Settings → all that is known of a run before a weight is read. Whatever can be wrong is found here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_sft.config import RunConfig
+from lora_sft.console import say
+from lora_sft.data.conversation import Conversation
+from lora_sft.data.formats import to_conversations
+from lora_sft.data.sources import read_rows
+from lora_sft.data.split import split_off
+from lora_sft.errors import DataError
+from lora_sft.model.adapter import attach, check_targets, lora_config
+from lora_sft.model.base import BaseSpec, choose_base, name_base, read_config, skeleton
+from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
+from lora_sft.training.preparation import Prepared, prepare
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, ready to start.
+
+    Attributes:
+        config: every setting.
+        spec: how the base will be loaded.
+        speech: tokenizer, template, stop tokens.
+        train, evaluation: the examples; `evaluation` is None if nothing is evaluated during training.
+        lora: the adapter, checked against the model's shape.
+    """
+
+    config: RunConfig
+    spec: BaseSpec
+    speech: Speech
+    train: Prepared
+    evaluation: Prepared | None
+    lora: "LoraConfig"
+
+
+def make_job(
+    config: RunConfig,
+    dataset: Any = None,
+    eval_dataset: Any = None,
+    model: "PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Job:
+    """Settings, and what was given as objects instead of names → Job.
+
+    Raises:
+        UsageError: a setting, the data, the template or the model is wrong.
+    """
+    spec = choose_base(config) if model is None else spec_of(model, config)
+    shape = skeleton(read_config(spec), spec) if model is None else model
+    check_targets(config, shape)
+    if model is None:
+        speech = load_speech(config, tokenizer)
+    else:
+        tokenizer = load_tokenizer(spec) if tokenizer is None else tokenizer
+        speech = prepare_speech(tokenizer, model.generation_config, config.chat_template, config.new_tokens)
+    lora = lora_config(config, speech.new_token_ids, shape)
+    if model is None:
+        _rehearse(lora, shape, len(speech.tokenizer))
+    kept, held_out = _conversations(config, dataset, eval_dataset)
+    return Job(config, spec, speech, _prepare(kept, speech, config), _prepare(held_out, speech, config) if held_out else None, lora)
+
+
+def load_speech(config: RunConfig, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Speech:
+    """Settings → tokenizer, template and stop tokens, without the model's weights; `tokenizer` replaces the model's own.
+
+    Raises:
+        ModelError: no tokenizer there.
+        TemplateError: no template that fits.
+    """
+    spec = name_base(config)
+    tokenizer = load_tokenizer(spec) if tokenizer is None else tokenizer
+    return prepare_speech(tokenizer, read_generation_config(spec), config.chat_template, config.new_tokens)
+
+
+def _rehearse(lora: "LoraConfig", shape: "PreTrainedModel", vocabulary_size: int) -> None:
+    """Attaches the adapter to the model without storage: what PEFT would refuse, it refuses now."""
+    import copy
+
+    if vocabulary_size > shape.get_input_embeddings().num_embeddings:
+        shape.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+    rehearsal = copy.deepcopy(lora)
+    rehearsal.init_lora_weights = True  # the other starts compute on weights, and there are none
+    attach(shape, rehearsal, seed=0)
+
+
+def spec_of(model: "PreTrainedModel", config: RunConfig) -> BaseSpec:
+    """A model that was given loaded → how it was loaded."""
+    method = getattr(model.config, "quantization_config", None)
+    quantization = None
+    if method is not None:
+        quantization = "int8" if getattr(method, "load_in_8bit", False) else getattr(method, "bnb_4bit_quant_type", None)
+    dtype = str(model.dtype).removeprefix("torch.")
+    say("base", f"as given: {dtype}{f', {quantization}' if quantization else ''}")
+    return BaseSpec(
+        name=str(model.name_or_path or config.model_name_or_path or ""),
+        quantization=quantization,
+        double_quant=bool(getattr(method, "bnb_4bit_use_double_quant", False)),
+        dtype=dtype,
+        device=str(model.device),
+    )
+
+
+def _conversations(config: RunConfig, dataset: Any, eval_dataset: Any) -> tuple[list[Conversation], list[Conversation]]:
+    source = config.dataset if dataset is None else dataset
+    if source is None:
+        raise DataError("no data: give conversations with dataset (--dataset), a file, a folder or a hub name")
+    conversations = to_conversations(read_rows(source, config.dataset_split))
+    if (aside := config.eval_dataset if eval_dataset is None else eval_dataset) is not None:
+        return conversations, to_conversations(read_rows(aside, config.dataset_split))
+    return split_off(conversations, config.eval_size, config.seed) if config.eval_size else (conversations, [])
+
+
+def _prepare(conversations: Sequence[Conversation], speech: Speech, config: RunConfig) -> Prepared:
+    return prepare(conversations, speech, config.max_length, config.truncation, config.chat_template_kwargs)

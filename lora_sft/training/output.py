@@ -1,0 +1,88 @@
+"""A run's output folder: claimed before anything slow, filled at the end, never shared by two runs."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from lora_sft.errors import OutputError
+
+LOCK = ".lock"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+SETTINGS = "run.yaml"
+
+
+class OutputFolder:
+    """The folder of one run, held for as long as the run lives.
+
+    Attributes:
+        path: absolute.
+    """
+
+    def __init__(self, path: str | None, resume: bool = False) -> None:
+        """Claims the folder; None takes the next free runs/NNN.
+
+        Raises:
+            OutputError: it holds something already and `resume` is false, another run holds it, or it cannot be written.
+        """
+        self.path = Path(path).expanduser().absolute() if path else _next_free(Path("runs"))
+        self._is_new = not self.path.exists()
+        self._lock = self._claim(resume)
+
+    def _claim(self, resume: bool) -> TextIO:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"output_dir {self.path}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"output_dir {self.path}: another run is writing to it; name another folder") from None
+        there = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+        if there and not resume:
+            lock.close()
+            (self.path / LOCK).unlink()
+            what = "holds a finished run" if MANIFEST in there else f"is in use (it holds {', '.join(there[:3])}{', …' if len(there) > 3 else ''})"
+            raise OutputError(f"output_dir {self.path}: {what}; name another folder with output_dir, or go on with resume_from_checkpoint: true")
+        return lock
+
+    def release(self) -> None:
+        """Lets the folder go; one that was made for this run and stayed empty is removed."""
+        (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.close()
+        if self._is_new and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest step; None if there is none."""
+        found = [entry for entry in self.path.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
+        return max(found, key=lambda entry: int(entry.name.removeprefix("checkpoint-")), default=None)
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a text file under its final name only once it is whole."""
+        staged = self.path / f".{name}.part"
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(self.path / name)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file, as `write` does."""
+        self.write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def fill(self, save: Callable[[Path], object]) -> None:
+        """Lets `save` write files into a folder beside, and moves them here when all of them are there."""
+        staged = self.path / ".part"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        save(staged)
+        for file in staged.iterdir():
+            file.replace(self.path / file.name)
+        staged.rmdir()
+
+
+def _next_free(parent: Path) -> Path:
+    numbers = [int(entry.name) for entry in parent.glob("*") if entry.name.isdigit()]
+    return (parent / f"{max(numbers, default=0) + 1:03}").absolute()

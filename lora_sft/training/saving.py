@@ -1,0 +1,108 @@
+"""A trained model → the files of the output folder: adapter, tokenizer, and the record of how it came about."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_sft.training.job import Job
+from lora_sft.training.output import OutputFolder
+
+PACKAGES = ("lora_sft", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+class Start:
+    """The adapter before training, kept while starts that change the base weights (PiSSA, OLoRA) are trained.
+
+    With it the trained adapter is saved as a plain LoRA on the unchanged base, which every server reads.
+    """
+
+    def __init__(self, model: Any, changes_base: bool) -> None:
+        self._folder = tempfile.TemporaryDirectory() if changes_base else None
+        if self._folder:
+            settings = model.peft_config["default"]
+            start, settings.init_lora_weights = settings.init_lora_weights, True
+            model.save_pretrained(self._folder.name)
+            settings.init_lora_weights = start
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes `adapter_model.safetensors` and `adapter_config.json`."""
+        if self._folder is None:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            return
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=self._folder.name, save_embedding_layers=False)
+        self._folder.cleanup()
+
+
+def save_adapter(model: Any, job: Job, folder: OutputFolder, start: Start) -> None:
+    """Adapter, tokenizer, chat template and generation config, in the form that any PEFT user can load."""
+    settings = model.peft_config["default"]
+    settings.revision = commit_of(model) or job.spec.revision
+    settings.base_model_name_or_path = job.spec.name
+
+    def write(staged: Path) -> None:
+        start.save(model, staged)
+        job.speech.tokenizer.save_pretrained(staged)
+        model.get_base_model().generation_config.save_pretrained(staged)
+        (staged / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours follows
+
+    folder.fill(write)
+
+
+def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run: where everything came from, what came out, with what it was made."""
+    data = job.train
+    return {
+        "base": {**job.spec.as_dict(), "commit": commit_of(model), "config_sha256": _sha256(model.config.to_json_string())},
+        "data": {
+            "sha256": _sha256(json.dumps([[example.input_ids, example.labels] for example in data.examples])),
+            "examples": len(data.examples),
+            "tokens": data.tokens,
+            "supervised_tokens": data.supervised_tokens,
+            "dropped_too_long": len(data.too_long),
+            "dropped_without_reply": len(data.without_reply),
+            "cut": data.cut,
+            "evaluation_examples": len(job.evaluation.examples) if job.evaluation else 0,
+        },
+        "chat_template_sha256": _sha256(str(job.speech.tokenizer.chat_template)),
+        "stop_tokens": job.speech.stop_tokens,
+        "result": result,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hardware": {"device": _device_name(job.spec.device), "cpu_threads": torch.get_num_threads(), "platform": platform.platform()},
+    }
+
+
+def commit_of(model: Any) -> str | None:
+    """The commit of a hub model; None for a model from a folder."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory in use so far: allocated on the GPU, or resident in this process."""
+    if device != "cpu":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: str) -> str:
+    return platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
