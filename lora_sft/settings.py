@@ -31,7 +31,7 @@ def resolve(*layers: Mapping[str, Any]) -> RunConfig:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        ours, said = translate({name.replace("-", "_"): value for name, value in layer.items()})
+        ours, said = translate({name.replace("-", "_"): str(value) if isinstance(value, Path) else value for name, value in layer.items()})
         for words in said:
             say("setting", words)
         passed_on = _claim_unknown(ours)

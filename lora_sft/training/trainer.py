@@ -21,6 +21,10 @@ from lora_sft.training.loss import Loss, forward_loss
 from lora_sft.training.progress import Listener, Reporter
 
 
+# transformers 5.23 renamed the argument and warns at the old name; remove the choice when transformers >= 6.
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
+
+
 class Tally:
     """Sums over micro-batches, kept on the device so that counting never waits for it."""
 
@@ -182,7 +186,7 @@ def training_arguments(config: RunConfig, spec: BaseSpec, folder: Path, has_eval
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
-        gradient_checkpointing=checkpointing,
+        **{_CHECKPOINTING: checkpointing},
         neftune_noise_alpha=config.neftune_noise_alpha,
         train_sampling_strategy=config.train_sampling_strategy,
         seed=config.seed,

@@ -1,0 +1,34 @@
+"""`lora-sft evaluate`: loss, perplexity and token accuracy of an adapter and its base."""
+
+import click
+
+from lora_sft.cli.options import json_option, print_json
+
+
+@click.command("evaluate")
+@click.argument("path")
+@click.option("--dataset", required=True, help="Conversations: a file, a folder or a hub name.")
+@click.option("--dataset-split", default="train", show_default=True, help="Which split of a hub dataset.")
+@click.option("--max-length", default=2048, show_default=True, help="Longer conversations are left out, and counted.")
+@click.option("--batch-size", default=8, show_default=True, help="Conversations in one forward pass.")
+@click.option("--chat-template", default=None, help="A template's name or file. Unset: the model's own.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@json_option
+def command(path: str, dataset: str, dataset_split: str, max_length: int, batch_size: int, chat_template: str | None, device: str, as_json: bool) -> None:
+    """Measure PATH, an adapter folder or a model, on the replies of a dataset."""
+    from lora_sft.api import evaluate
+
+    found = evaluate(path, dataset, max_length=max_length, batch_size=batch_size, split=dataset_split, device=device, chat_template=chat_template)
+    if as_json:
+        print_json(found)
+        return
+    from rich.table import Table
+
+    from lora_sft.console import console
+
+    has_base = "base_loss" in found
+    table = Table("", "adapter", "base") if has_base else Table("", "model")
+    for name, form in (("loss", "{:.4f}"), ("perplexity", "{:,.2f}"), ("token_accuracy", "{:.1%}")):
+        table.add_row(name.replace("_", " "), form.format(found[name]), *([form.format(found[f"base_{name}"])] if has_base else []))
+    table.caption = f"{found['examples']:,} conversations, {found['supervised_tokens']:,} tokens of replies; {found['too_long']:,} left out as too long"
+    console().print(table)

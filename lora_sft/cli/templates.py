@@ -1,0 +1,47 @@
+"""`lora-sft templates`: the chat templates that ship with the package."""
+
+import click
+
+from lora_sft.cli.options import json_option, print_json
+
+
+@click.group("templates", invoke_without_command=True)
+@click.pass_context
+@json_option
+def command(ctx: click.Context, as_json: bool) -> None:
+    """List the chat templates, or show one."""
+    if ctx.invoked_subcommand is None:
+        _list(as_json)
+
+
+@command.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the templates that come with the package."""
+    _list(as_json)
+
+
+@command.command("show")
+@click.argument("name")
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Print the template NAME, or the one in a .jinja file."""
+    from lora_sft.chat.templates import find_template
+
+    template = find_template(name)
+    if as_json:
+        print_json({"name": template.name, **template.about, "text": template.text})
+    else:
+        click.echo(template.text, nl=False)
+
+
+def _list(as_json: bool) -> None:
+    from lora_sft.chat.templates import shipped_templates
+
+    found = shipped_templates()
+    if as_json:
+        print_json([{"name": template.name, **template.about} for template in found])
+        return
+    for template in found:
+        about = template.about
+        click.echo(f"{template.name:8}  {about.get('family', ''):10}  ends a reply with {about.get('stop', '?')}; tools: {about.get('tools', '?')}; for {about.get('models', '?')}")

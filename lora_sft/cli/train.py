@@ -1,0 +1,31 @@
+"""`lora-sft train`: conversations in, adapter out."""
+
+import click
+
+from lora_sft.cli.options import LOOSE, SettingsCommand, json_option, print_json, read_words, settings_argument
+
+
+@click.command("train", cls=SettingsCommand, context_settings=LOOSE)
+@settings_argument
+@json_option
+def command(words: tuple[str, ...], as_json: bool) -> None:
+    """Train an adapter: lora-sft train run.yaml --learning-rate 1e-4 seed=7.
+
+    A YAML file comes first; flags win over it. --learning-rate 2e-4, --learning_rate 2e-4 and learning_rate=2e-4
+    are the same; a switch is --bf16, --no-bf16 or --bf16 true. Anything else of transformers' TrainingArguments
+    can be given by its name.
+    """
+    file, settings = read_words(words)
+    from lora_sft.api import finetune
+
+    run = finetune(config=file, **settings)
+    if as_json:
+        print_json(run.metrics)
+        return
+    from lora_sft.console import say
+
+    result = run.metrics
+    losses = f"loss {result['first_loss']:.4f} → {result['last_loss']:.4f}" if result["first_loss"] is not None else ""
+    say("done", f"{result['steps']} steps in {result['seconds']:.0f} s, {losses}, {result['supervised_tokens']:,} tokens learned")
+    say("adapter", str(run.output_dir))
+    say("next", f"lora-sft chat {run.output_dir}   or   lora-sft merge {run.output_dir} --output merged")
