@@ -26,14 +26,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Chat": "api", "Preview": "api", "Run": "api", "evaluate": "api", "finetune": "api", "load": "api", "merge": "api", "preview": "api",
-    "Example": "chat.labels", "encode": "chat.labels", "Rendered": "chat.rendering", "render": "chat.rendering",
-    "RunConfig": "config", "LoraSftError": "errors",
+    "Chat": "api",
+    "Preview": "api",
+    "Run": "api",
+    "evaluate": "api",
+    "finetune": "api",
+    "load": "api",
+    "merge": "api",
+    "preview": "api",
+    "Example": "chat.labels",
+    "encode": "chat.labels",
+    "Rendered": "chat.rendering",
+    "render": "chat.rendering",
+    "RunConfig": "config",
+    "LoraSftError": "errors",
 }
 
 __all__ = [
-    "Chat", "Example", "LoraSftError", "Preview", "Rendered", "Run", "RunConfig",
-    "encode", "evaluate", "finetune", "load", "merge", "preview", "render",
+    "Chat",
+    "Example",
+    "LoraSftError",
+    "Preview",
+    "Rendered",
+    "Run",
+    "RunConfig",
+    "encode",
+    "evaluate",
+    "finetune",
+    "load",
+    "merge",
+    "preview",
+    "render",
 ]
 
 

@@ -107,7 +107,9 @@ def finetune(
     return Run(trained, job.speech.tokenizer, folder.path, result)
 
 
-def _settings(config: Any, settings: dict[str, Any], model: Any, dataset: Any, eval_dataset: Any) -> tuple[RunConfig, dict[str, Any]]:
+def _settings(
+    config: Any, settings: dict[str, Any], model: Any, dataset: Any, eval_dataset: Any
+) -> tuple[RunConfig, dict[str, Any]]:
     """Names go into the settings; what was given as an object goes beside them."""
     layers: list[Mapping[str, Any]] = []
     if isinstance(config, RunConfig):
@@ -115,7 +117,11 @@ def _settings(config: Any, settings: dict[str, Any], model: Any, dataset: Any, e
     elif config is not None:
         layers.append(read_file(config) if isinstance(config, (str, Path)) else config)
     objects: dict[str, Any] = {}
-    for name, setting, value in (("model", "model_name_or_path", model), ("dataset", "dataset", dataset), ("eval_dataset", "eval_dataset", eval_dataset)):
+    for name, setting, value in (
+        ("model", "model_name_or_path", model),
+        ("dataset", "dataset", dataset),
+        ("eval_dataset", "eval_dataset", eval_dataset),
+    ):
         if isinstance(value, (str, Path)):
             settings = {**settings, setting: str(value)}
         objects[name] = None if isinstance(value, (str, Path)) else value
@@ -123,7 +129,7 @@ def _settings(config: Any, settings: dict[str, Any], model: Any, dataset: Any, e
 
 
 def load(path: str | Path, device: str = "auto") -> Chat:
-    """A model to talk to: an adapter folder (on its base, as trained), a merged model, or any model with a chat template.
+    """A model to talk to: an adapter folder (on its base, as trained), a merged model, or any chat model.
 
     Raises:
         ModelError: there is none.

@@ -8,8 +8,17 @@ the same thing. Where the defaults come from is told in `docs/settings.md`.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from pydantic import PositiveFloat, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -51,19 +60,23 @@ class ModelSettings(Section):
     )
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model. Off unless you read it.")
     load_in_4bit: bool | None = setting(
-        None, "Store the base in 4 bits (QLoRA). Unset: yes, unless the model is given loaded or another precision is asked for."
+        None,
+        "Store the base in 4 bits (QLoRA). Unset: yes, unless the model is given loaded or another precision is "
+        "asked for.",
     )
     load_in_8bit: bool = setting(False, "Store the base in 8 bits (LLM.int8).")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "The 4-bit number format.", also=("quant_type",))
     bnb_4bit_use_double_quant: bool = setting(
-        True, "Quantize the scales of the 4-bit blocks too; saves 0.4 bits a weight.",
+        True,
+        "Quantize the scales of the 4-bit blocks too; saves 0.4 bits a weight.",
         also=("use_bnb_nested_quant", "double_quantization", "bnb_double_quant"),
     )
     bf16: bool | None = setting(None, "Compute in bfloat16. Unset: where the GPU supports it.", also=("bfloat16",))
     fp16: bool | None = setting(None, "Compute in float16. Unset: on GPUs without bfloat16.", also=("float16",))
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "Where to train. auto: the GPU if there is one.")
     attn_implementation: str | None = setting(
-        None, "Attention kernel: eager, sdpa, flash_attention_2, … Unset: what transformers chooses.",
+        None,
+        "Attention kernel: eager, sdpa, flash_attention_2, … Unset: what transformers chooses.",
         also=("flash_attn", "attention_implementation"),
     )
 
@@ -75,11 +88,13 @@ class AdapterSettings(Section):
     lora_alpha: PositiveInt = setting(32, "The update is scaled by alpha / rank (by alpha / √rank with rsLoRA).")
     lora_dropout: Fraction = setting(0.0, "Dropout on the input of the update.")
     lora_target_modules: NamesOrRegex = setting(
-        "all-linear", "What gets an adapter: all-linear, names (q_proj,v_proj), or a regex on the full module name.",
+        "all-linear",
+        "What gets an adapter: all-linear, names (q_proj,v_proj), or a regex on the full module name.",
         also=("target_modules", "lora_target"),
     )
     lora_target_parameters: Names | None = setting(
-        None, "Parameters (not modules) that get an adapter: fused expert weights, such as mlp.experts.gate_up_proj.",
+        None,
+        "Parameters (not modules) that get an adapter: fused expert weights, such as mlp.experts.gate_up_proj.",
         also=("target_parameters",),
     )
     lora_rank_pattern: dict[str, PositiveInt] = setting(
@@ -89,46 +104,64 @@ class AdapterSettings(Section):
         {}, "Other alphas for some modules: {name or regex: alpha}.", also=("alpha_pattern",)
     )
     lora_modules_to_save: Names | None = setting(
-        None, "Modules trained in full and saved whole, such as embed_tokens,lm_head.",
+        None,
+        "Modules trained in full and saved whole, such as embed_tokens,lm_head.",
         also=("modules_to_save", "additional_target"),
     )
-    use_rslora: bool = setting(False, "Scale by alpha / √rank (rsLoRA); better at high rank.", also=("lora_use_rslora",))
-    use_dora: bool = setting(False, "Learn the magnitude of each weight row apart (DoRA); slower.", also=("lora_use_dora", "peft_use_dora"))
+    use_rslora: bool = setting(
+        False, "Scale by alpha / √rank (rsLoRA); better at high rank.", also=("lora_use_rslora",)
+    )
+    use_dora: bool = setting(
+        False, "Learn the magnitude of each weight row apart (DoRA); slower.", also=("lora_use_dora", "peft_use_dora")
+    )
     lora_init: str = setting(
-        "default", "How the update starts: default, gaussian, orthogonal, mica, pissa, pissa_niter_N, olora, loftq or eva.",
+        "default",
+        "How the update starts: default, gaussian, orthogonal, mica, pissa, pissa_niter_N, olora, loftq or eva.",
         also=("init_lora_weights", "peft_init_lora_weights"),
     )
     new_tokens: Names | None = setting(
-        None, "Tokens to add to the vocabulary; their embeddings are trained.", also=("add_tokens", "new_special_tokens", "tokens")
+        None,
+        "Tokens to add to the vocabulary; their embeddings are trained.",
+        also=("add_tokens", "new_special_tokens", "tokens"),
     )
-    lora_config: dict[str, Any] = setting({}, "Anything else of peft.LoraConfig: {layers_to_transform: [0, 1], bias: all}.")
+    lora_config: dict[str, Any] = setting(
+        {}, "Anything else of peft.LoraConfig: {layers_to_transform: [0, 1], bias: all}."
+    )
 
 
 class DataSettings(Section):
     """Data"""
 
     dataset: str | None = setting(
-        None, "Conversations: a .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name.",
+        None,
+        "Conversations: a .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name.",
         also=("train_dataset", "dataset_name", "data_path", "train_file", "data"),
     )
     dataset_split: str = setting("train", "Which split of a hub dataset.", also=("split", "dataset_train_split"))
     eval_dataset: str | None = setting(
-        None, "Conversations to evaluate on during training, given like dataset.", also=("validation_file", "test_datasets")
+        None,
+        "Conversations to evaluate on during training, given like dataset.",
+        also=("validation_file", "test_datasets"),
     )
     eval_size: NonNegativeFloat = setting(
-        0.0, "Keep this share (below 1) or number of conversations out of training, for evaluation.",
+        0.0,
+        "Keep this share (below 1) or number of conversations out of training, for evaluation.",
         also=("val_set_size", "val_size", "validation_split", "test_size", "validation_split_percentage"),
     )
     chat_template: str | None = setting(
-        None, "A name from `lora-sft templates`, or a .jinja file. Unset: the model's own.",
+        None,
+        "A name from `lora-sft templates`, or a .jinja file. Unset: the model's own.",
         also=("template", "chat_template_path", "conversation_template"),
     )
     chat_template_kwargs: dict[str, Any] = setting({}, "Variables for the chat template: {enable_thinking: false}.")
     max_length: Annotated[int, Field(ge=2)] = setting(
-        2048, "Longest example, in tokens.", also=("cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "model_max_length", "block_size")
+        2048,
+        "Longest example, in tokens.",
+        also=("cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "model_max_length", "block_size"),
     )
     truncation: Literal["drop", "cut", "error"] = setting(
-        "drop", "What happens to longer ones: drop the row, cut its end off (and with it the stop token), or stop.",
+        "drop",
+        "What happens to longer ones: drop the row, cut its end off (and with it the stop token), or stop.",
         also=("on_too_long",),
     )
 
@@ -137,57 +170,90 @@ class TrainingSettings(Section):
     """Training"""
 
     num_train_epochs: PositiveFloat = setting(1.0, "Passes over the data.", also=("num_epochs", "epochs", "n_epochs"))
-    max_steps: int = setting(-1, "Optimizer steps; above 0 it replaces num_train_epochs.", also=("steps", "iters", "max_iters"))
+    max_steps: int = setting(
+        -1, "Optimizer steps; above 0 it replaces num_train_epochs.", also=("steps", "iters", "max_iters")
+    )
     per_device_train_batch_size: PositiveInt = setting(
-        2, "Micro-batch: conversations in one forward pass on one device.",
+        2,
+        "Micro-batch: conversations in one forward pass on one device.",
         also=("micro_batch_size", "batch_size", "train_batch_size"),
     )
     gradient_accumulation_steps: PositiveInt = setting(
-        8, "Micro-batches in one optimizer step.", also=("gradient_accumulation", "grad_accumulation_steps", "accumulation_steps")
+        8,
+        "Micro-batches in one optimizer step.",
+        also=("gradient_accumulation", "grad_accumulation_steps", "accumulation_steps"),
     )
     learning_rate: PositiveFloat = setting(2e-4, "Peak learning rate of the adapter.", also=("lr",))
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = setting(
         None, "LoRA+: learning rate of the B matrices over that of the A matrices; 16 is usual."
     )
     lr_scheduler_type: str = setting(
-        "cosine", "How the learning rate falls: linear, cosine, constant, constant_with_warmup, …", also=("lr_scheduler", "scheduler")
+        "cosine",
+        "How the learning rate falls: linear, cosine, constant, constant_with_warmup, …",
+        also=("lr_scheduler", "scheduler"),
     )
     warmup_ratio: Fraction = setting(0.03, "Share of the steps over which the learning rate rises from 0.")
     warmup_steps: NonNegativeInt | None = setting(None, "Number of those steps; replaces warmup_ratio.")
     weight_decay: NonNegativeFloat = setting(0.0, "AdamW's weight decay on the adapter.")
-    max_grad_norm: NonNegativeFloat = setting(1.0, "Gradients are scaled down to this norm; 0 leaves them.", also=("gradient_clipping", "grad_clip", "max_norm"))
+    max_grad_norm: NonNegativeFloat = setting(
+        1.0,
+        "Gradients are scaled down to this norm; 0 leaves them.",
+        also=("gradient_clipping", "grad_clip", "max_norm"),
+    )
     optim: str = setting(
-        "adamw_torch_fused", "Optimizer, by its name in transformers: adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, …", also=("optimizer",)
+        "adamw_torch_fused",
+        "Optimizer, by its name in transformers: adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, …",
+        also=("optimizer",),
     )
     gradient_checkpointing: bool | None = setting(
-        None, "Recompute activations instead of keeping them. Unset: on a GPU, where memory is short.",
+        None,
+        "Recompute activations instead of keeping them. Unset: on a GPU, where memory is short.",
         also=("use_gradient_checkpointing", "grad_checkpoint", "activation_checkpointing"),
     )
-    neftune_noise_alpha: PositiveFloat | None = setting(None, "Noise on the embeddings (NEFTune); 5 is usual.", also=("noisy_embedding_alpha",))
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
-        "random", "Order of the rows: shuffled anew each epoch, as they stand, or similar lengths together.",
+    neftune_noise_alpha: PositiveFloat | None = setting(
+        None, "Noise on the embeddings (NEFTune); 5 is usual.", also=("noisy_embedding_alpha",)
     )
-    seed: NonNegativeInt = setting(42, "Of the adapter's start, the order of the rows, dropout and the evaluation split.", also=("random_state", "random_seed"))
-    logging_steps: PositiveInt = setting(1, "Optimizer steps between two lines of metrics.", also=("steps_per_report", "log_every_n_steps"))
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
+        "random",
+        "Order of the rows: shuffled anew each epoch, as they stand, or similar lengths together.",
+    )
+    seed: NonNegativeInt = setting(
+        42,
+        "Of the adapter's start, the order of the rows, dropout and the evaluation split.",
+        also=("random_state", "random_seed"),
+    )
+    logging_steps: PositiveInt = setting(
+        1, "Optimizer steps between two lines of metrics.", also=("steps_per_report", "log_every_n_steps")
+    )
     eval_strategy: Literal["no", "steps", "epoch"] | None = setting(
         None, "When to evaluate. Unset: every epoch, if there is evaluation data.", also=("evaluation_strategy",)
     )
-    eval_steps: PositiveInt | None = setting(None, "Steps between evaluations, with eval_strategy: steps.", also=("steps_per_eval",))
-    per_device_eval_batch_size: PositiveInt | None = setting(None, "Unset: as per_device_train_batch_size.", also=("eval_batch_size",))
+    eval_steps: PositiveInt | None = setting(
+        None, "Steps between evaluations, with eval_strategy: steps.", also=("steps_per_eval",)
+    )
+    per_device_eval_batch_size: PositiveInt | None = setting(
+        None, "Unset: as per_device_train_batch_size.", also=("eval_batch_size",)
+    )
     early_stopping_patience: PositiveInt | None = setting(None, "Stop after so many evaluations without a better one.")
     load_best_model_at_end: bool = setting(False, "Keep the adapter of the best evaluation instead of the last.")
     metric_for_best_model: str = setting("eval_loss", "What 'better' is measured by.")
     save_strategy: Literal["no", "steps", "epoch"] = setting("epoch", "When to write a checkpoint.")
-    save_steps: PositiveInt = setting(500, "Steps between checkpoints, with save_strategy: steps.", also=("save_every", "checkpoint_steps"))
+    save_steps: PositiveInt = setting(
+        500, "Steps between checkpoints, with save_strategy: steps.", also=("save_every", "checkpoint_steps")
+    )
     save_total_limit: PositiveInt | None = setting(2, "Keep this many checkpoints, besides the best.")
-    report_to: Names = setting(["none"], "Trackers: tensorboard, wandb, mlflow, … Nothing is sent anywhere unless one is named.")
+    report_to: Names = setting(
+        ["none"], "Trackers: tensorboard, wandb, mlflow, … Nothing is sent anywhere unless one is named."
+    )
     training_args: dict[str, Any] = setting({}, "Anything else of transformers.TrainingArguments: {adam_beta2: 0.95}.")
 
 
 class OutputSettings(Section):
     """Output"""
 
-    output_dir: str | None = setting(None, "Folder of the adapter. Unset: the next free runs/NNN.", also=("output", "output_path", "adapter_path"))
+    output_dir: str | None = setting(
+        None, "Folder of the adapter. Unset: the next free runs/NNN.", also=("output", "output_path", "adapter_path")
+    )
     resume_from_checkpoint: str | bool | None = setting(
         None, "A checkpoint folder, or true for the last one in output_dir.", also=("resume", "resume_adapter_file")
     )
@@ -199,6 +265,16 @@ SECTIONS: tuple[type[Section], ...] = (ModelSettings, DataSettings, AdapterSetti
 class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings, ModelSettings):
     """All settings of a run."""
 
+    @property
+    def start_changes_base(self) -> bool:
+        """Whether the adapter's start takes something out of the base weights (PiSSA, OLoRA)."""
+        return self.lora_init == "olora" or self.lora_init.startswith("pissa")
+
+    @property
+    def start_needs_whole_base(self) -> bool:
+        """Whether PEFT computes the adapter's start on unquantized base weights only."""
+        return self.start_changes_base or self.lora_init in ("orthogonal", "mica")
+
     @model_validator(mode="after")
     def _agree(self) -> "RunConfig":
         """Settings that contradict each other, all of them at once."""
@@ -208,25 +284,53 @@ class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings,
         return self
 
     def _contradictions(self) -> list[tuple[bool, str]]:
-        unquantized_start = self.lora_init == "olora" or self.lora_init.startswith("pissa")
-        known_start = re.fullmatch(r"default|gaussian|orthogonal|mica|pissa|pissa_niter_[1-9]\d*|olora|loftq|eva", self.lora_init)
+        known_start = re.fullmatch(
+            r"default|gaussian|orthogonal|mica|pissa|pissa_niter_[1-9]\d*|olora|loftq|eva", self.lora_init
+        )
         return [
             (bool(self.load_in_4bit) and self.load_in_8bit, "load_in_4bit and load_in_8bit are both on; choose one"),
             (bool(self.bf16) and bool(self.fp16), "bf16 and fp16 are both on; choose one"),
             (self.max_steps == 0 or self.max_steps < -1, "max_steps must be above 0, or -1 to go by num_train_epochs"),
-            (known_start is None, f'lora_init "{self.lora_init}" is unknown; use default, gaussian, orthogonal, mica, pissa, pissa_niter_N, olora, loftq or eva'),
-            (unquantized_start and (bool(self.load_in_4bit) or self.load_in_8bit),
-             f"lora_init {self.lora_init} changes the base weights, which a quantized base would round away; set load_in_4bit: false or use loftq"),
-            (self.lora_init == "loftq" and self.load_in_4bit is False, "lora_init loftq makes up for 4-bit rounding; it needs load_in_4bit"),
-            (unquantized_start and self.use_rslora and bool(self.lora_rank_pattern or self.lora_alpha_pattern),
-             f"lora_init {self.lora_init} cannot be saved as a plain LoRA with use_rslora and a rank or alpha pattern together"),
-            (bool(self.lora_target_parameters) and self.lora_dropout > 0, "PEFT has no dropout on lora_target_parameters; set lora_dropout: 0"),
-            (bool(self.lora_target_parameters) and self.use_dora, "PEFT has no DoRA on lora_target_parameters; set use_dora: false"),
+            (
+                known_start is None,
+                f'lora_init "{self.lora_init}" is unknown; use default, gaussian, orthogonal, mica, pissa, '
+                "pissa_niter_N, olora, loftq or eva",
+            ),
+            (
+                self.start_needs_whole_base and (bool(self.load_in_4bit) or self.load_in_8bit),
+                f"lora_init {self.lora_init} needs an unquantized base; set load_in_4bit: false, or use loftq or eva",
+            ),
+            (
+                self.lora_init == "loftq" and self.load_in_4bit is False,
+                "lora_init loftq makes up for 4-bit rounding; it needs load_in_4bit",
+            ),
+            (
+                self.start_changes_base and self.use_rslora and bool(self.lora_rank_pattern or self.lora_alpha_pattern),
+                f"lora_init {self.lora_init} cannot be saved as a plain LoRA with use_rslora and a rank or alpha "
+                "pattern together",
+            ),
+            (
+                bool(self.lora_target_parameters) and self.lora_dropout > 0,
+                "PEFT has no dropout on lora_target_parameters; set lora_dropout: 0",
+            ),
+            (
+                bool(self.lora_target_parameters) and self.use_dora,
+                "PEFT has no DoRA on lora_target_parameters; set use_dora: false",
+            ),
             (self.lora_init == "orthogonal" and self.lora_r % 2 == 1, "lora_init orthogonal needs an even lora_r"),
-            (self.eval_size >= 1 and self.eval_size != int(self.eval_size), "eval_size is a share below 1 or a whole number of conversations"),
-            (self.eval_size > 0 and self.eval_dataset is not None, "eval_size and eval_dataset are both given; choose one"),
+            (
+                self.eval_size >= 1 and self.eval_size != int(self.eval_size),
+                "eval_size is a share below 1 or a whole number of conversations",
+            ),
+            (
+                self.eval_size > 0 and self.eval_dataset is not None,
+                "eval_size and eval_dataset are both given; choose one",
+            ),
             (self.eval_strategy == "steps" and self.eval_steps is None, "eval_strategy steps needs eval_steps"),
-            (self.early_stopping_patience is not None and not self.load_best_model_at_end, "early_stopping_patience needs load_best_model_at_end: true"),
+            (
+                self.early_stopping_patience is not None and not self.load_best_model_at_end,
+                "early_stopping_patience needs load_best_model_at_end: true",
+            ),
         ]
 
 

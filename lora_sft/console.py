@@ -1,6 +1,6 @@
-"""The one door for words meant for people: a rich console on standard error.
+"""The doors for what people read: words about the work on standard error, results on standard output.
 
-Standard output is left to results (replies, tables, JSON). Without a terminal, rich writes plain lines.
+Without a terminal, lines are plain and long: no colours, no boxes, no wrapping at 80 columns.
 """
 
 from functools import cache
@@ -10,12 +10,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+PLAIN_WIDTH = 200
+
+
 @cache
-def console() -> "Console":
-    """The console on standard error. Made at first use, because importing rich takes its time."""
+def console(results: bool = False) -> "Console":
+    """The console on standard error, or with `results` on standard output. Made at first use: importing rich takes "
+    "its time."""
+    import sys
+
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    stream = sys.stdout if results else sys.stderr
+    return Console(stderr=not results, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 def say(topic: str, words: str) -> None:

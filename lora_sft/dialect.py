@@ -26,7 +26,9 @@ def translate(given: Settings) -> tuple[Settings, list[str]]:
     for name, value in given.items():
         if name in MEANINGS:
             found = MEANINGS[name](value)
-            said.append(f"{name}: {value} is " + (", ".join(f"{k}: {v}" for k, v in found.items()) or "what happens anyway"))
+            said.append(
+                f"{name}: {value} is " + (", ".join(f"{k}: {v}" for k, v in found.items()) or "what happens anyway")
+            )
         elif name in renamed:
             found = {renamed[name]: _value(renamed[name], value)}
             if name != "model":  # our own short form
@@ -42,7 +44,11 @@ def translate(given: Settings) -> tuple[Settings, list[str]]:
 
 def _value(name: str, value: Any) -> Any:
     """Values that others allow where we have a plainer one."""
-    if value == "auto" and RunConfig.model_fields.get(name) is not None and RunConfig.model_fields[name].default is None:
+    if (
+        value == "auto"
+        and RunConfig.model_fields.get(name) is not None
+        and RunConfig.model_fields[name].default is None
+    ):
         return None  # bf16: auto, load_in_4bit: auto: chosen by us when unset
     if name == "gradient_checkpointing" and value == "unsloth":
         return True
@@ -66,8 +72,13 @@ def _only(allowed: dict[Any, Settings], why_not: str) -> Callable[[Any], Setting
 
 _REPLIES_ONLY = "the loss always falls on the assistant's words alone"
 _DTYPES = {
-    "bfloat16": {"bf16": True}, "bf16": {"bf16": True}, "float16": {"fp16": True}, "fp16": {"fp16": True},
-    "float32": {"bf16": False, "fp16": False}, "fp32": {"bf16": False, "fp16": False}, "auto": {},
+    "bfloat16": {"bf16": True},
+    "bf16": {"bf16": True},
+    "float16": {"fp16": True},
+    "fp16": {"fp16": True},
+    "float32": {"bf16": False, "fp16": False},
+    "fp32": {"bf16": False, "fp16": False},
+    "auto": {},
 }
 
 
@@ -92,7 +103,9 @@ MEANINGS: dict[str, Callable[[Any], Settings]] = {
     "fine_tune_type": _only({"lora": {}, "dora": {"use_dora": True}}, "we train LoRA adapters"),
     "stage": _only({"sft": {}}, "we do supervised fine-tuning"),
     "do_train": _only({True: {}}, "train is what this command does"),
-    "quantization_bit": _only({4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}, "bases are stored in 4, 8, 16 or 32 bits"),
+    "quantization_bit": _only(
+        {4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}, "bases are stored in 4, 8, 16 or 32 bits"
+    ),
     "quantization_method": _only({"bnb": {}, "bitsandbytes": {}}, "we quantize with bitsandbytes"),
     "load_in_16bit": _only({True: {"load_in_4bit": False}, False: {}}, "give true or false"),
     "dtype": _only(_DTYPES, "give a floating-point type"),
@@ -107,7 +120,8 @@ MEANINGS: dict[str, Callable[[Any], Settings]] = {
     "packing": _only({False: {}}, "packing is not there yet; rows are padded"),
     "group_by_length": _only({True: {"train_sampling_strategy": "group_by_length"}, False: {}}, "give true or false"),
     "excess_length_strategy": _only(
-        {"drop": {"truncation": "drop"}, "truncate": {"truncation": "cut"}, "raise": {"truncation": "error"}}, "rows are dropped, cut or refused"
+        {"drop": {"truncation": "drop"}, "truncate": {"truncation": "cut"}, "raise": {"truncation": "error"}},
+        "rows are dropped, cut or refused",
     ),
     "datasets": _dataset_list,
     "overwrite_output_dir": _only({False: {}}, "an output folder in use is never overwritten; name another"),

@@ -31,12 +31,18 @@ def resolve(*layers: Mapping[str, Any]) -> RunConfig:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        ours, said = translate({name.replace("-", "_"): str(value) if isinstance(value, Path) else value for name, value in layer.items()})
+        ours, said = translate(
+            {name.replace("-", "_"): str(value) if isinstance(value, Path) else value for name, value in layer.items()}
+        )
         for words in said:
             say("setting", words)
         passed_on = _claim_unknown(ours)
         if passed_on:
-            ours["training_args"] = {**merged.get("training_args", {}), **(ours.get("training_args") or {}), **passed_on}
+            ours["training_args"] = {
+                **merged.get("training_args", {}),
+                **(ours.get("training_args") or {}),
+                **passed_on,
+            }
         merged.update(ours)
     try:
         return RunConfig.model_validate(merged)
@@ -63,8 +69,15 @@ def _training_arguments() -> frozenset[str]:
     if package is None or package.origin is None:
         return frozenset()
     tree = ast.parse(Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8"))
-    fields = (statement for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments" for statement in node.body)
-    return frozenset(field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name))
+    fields = (
+        statement
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
+        for statement in node.body
+    )
+    return frozenset(
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )
 
 
 def _nearest(name: str) -> str:
@@ -75,16 +88,19 @@ def _nearest(name: str) -> str:
 
 def _sentence(problem: Any, given: Mapping[str, Any]) -> str:
     """pydantic's account of one problem → `max_length: -5: input should be greater than or equal to 2`."""
-    words = problem["msg"].removeprefix("Value error, ")
+    words = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return words
     name = str(problem["loc"][0])
-    inside = ".".join(str(part) for part in problem["loc"][1:] if not str(part).startswith(("list[", "constrained", "function-")))
+    inside = ".".join(
+        str(part) for part in problem["loc"][1:] if not str(part).startswith(("list[", "constrained", "function-"))
+    )
     where = f" (at {inside})" if inside and not inside.isidentifier() else ""
     return f"{name}: {given.get(name)!r}: {words[0].lower()}{words[1:]}{where}"
 
 
 # --- command-line words -------------------------------------------------------------------------------
+
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:
     """`--learning-rate 2e-4 --no-bf16 seed=7` → {"learning_rate": 0.0002, "bf16": False, "seed": 7}.
@@ -140,6 +156,7 @@ def _put(found: dict[str, Any], name: str, text: str) -> None:
 
 # --- YAML -----------------------------------------------------------------------------------------------
 
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: `2e-4` is a number, and a key that stands twice is an error."""
 
@@ -150,7 +167,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+|\d[\d_]*)(?:[eE][-+]?\d+)|\d[\d_]*\.\d*|\.\d+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+|\d[\d_]*)(?:[eE][-+]?\d+)|\d[\d_]*\.\d*|\.\d+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -171,7 +190,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _unique_keys)
 def read_yaml(text: str) -> Any:
     """YAML text → plain values; text that is no YAML stays text."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 
@@ -186,13 +205,15 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise SettingError(f"{path}: no such file; `lora-sft init {path}` writes one")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise SettingError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(settings, dict):
-        raise SettingError(f"{path}: holds {type(settings).__name__}, not `name: value` lines; `lora-sft init` shows the form")
+        raise SettingError(
+            f"{path}: holds {type(settings).__name__}, not `name: value` lines; `lora-sft init` shows the form"
+        )
     return {str(name): value for name, value in settings.items()}
 
 

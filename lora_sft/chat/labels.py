@@ -52,16 +52,23 @@ def encode(
         TemplateError: as `render`.
         ModelError: the tokenizer cannot say which characters a token stands for.
     """
-    return encode_rendered(render(messages, tokenizer, tools, chat_template, stop_tokens, **template_variables), tokenizer, max_length)
+    return encode_rendered(
+        render(messages, tokenizer, tools, chat_template, stop_tokens, **template_variables), tokenizer, max_length
+    )
 
 
-def encode_rendered(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None, source: str = "") -> Example:
+def encode_rendered(
+    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None, source: str = ""
+) -> Example:
     """Text with its supervised spans → Example. A token is supervised when all its characters are.
 
     Special tokens are not added: the template has written them.
     """
     if not tokenizer.is_fast:
-        raise ModelError(f"{type(tokenizer).__name__} does not tell which characters a token stands for (no offsets); use the model's fast tokenizer")
+        raise ModelError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for (no offsets); use the "
+            "model's fast tokenizer"
+        )
     input_ids, labels = _tokens(rendered, tokenizer)
     cut = 0 if max_length is None else max(0, len(input_ids) - max_length)
     kept = len(input_ids) - cut
@@ -85,7 +92,9 @@ def _tokens(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[l
     return input_ids, labels
 
 
-def _labels(input_ids: Sequence[int], offsets: Sequence[tuple[int, int]], supervised: Sequence[tuple[int, int]]) -> list[int]:
+def _labels(
+    input_ids: Sequence[int], offsets: Sequence[tuple[int, int]], supervised: Sequence[tuple[int, int]]
+) -> list[int]:
     """Both lists are in order of position, so one walk along them is enough."""
     labels, spans = [], iter([*supervised, (float("inf"), float("inf"))])
     start, end = next(spans)

@@ -72,19 +72,31 @@ def render(
     variables = {**tokenizer.special_tokens_map, **template_variables}
     try:
         texts, blocks = render_jinja_template(
-            [list(messages)], tools=list(tools) if tools else None, chat_template=template, return_assistant_tokens_mask=True, **variables
+            [list(messages)],
+            tools=list(tools) if tools else None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **variables,
         )
     except (JinjaError, TypeError, ValueError, KeyError) as error:
         raise TemplateError(f"the chat template fails on this conversation: {error}") from None
     stops = stop_tokens_of(tokenizer) if stop_tokens is None else list(stop_tokens)
     replies = [message for message in messages if message.get("role") == "assistant"]
     if len(blocks[0]) != len(replies):
-        raise TemplateError(f"the chat template marks {len(blocks[0])} replies in a conversation that has {len(replies)}")
+        raise TemplateError(
+            f"the chat template marks {len(blocks[0])} replies in a conversation that has {len(replies)}"
+        )
     supervised, notes = [], []
     for turn, ((start, end), reply) in enumerate(zip(blocks[0], replies, strict=True)):
         stop = _through_stop_token(texts[0], start, end, stops)
         if stop is None:
-            notes.append(Note(turn, NO_STOP_TOKEN, f"the template does not end the reply with one of {', '.join(stops) or '(no stop token known)'}"))
+            notes.append(
+                Note(
+                    turn,
+                    NO_STOP_TOKEN,
+                    f"the template does not end the reply with one of {', '.join(stops) or '(no stop token known)'}",
+                )
+            )
         if missing := _missing(reply, texts[0][start:end]):
             notes.append(Note(turn, DROPPED, f"the template leaves out {missing}"))
         if (stop or end) > start:
@@ -102,7 +114,9 @@ def plain_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        raise TemplateError("the model has no chat template; choose one with chat_template (`lora-sft templates` lists them)")
+        raise TemplateError(
+            "the model has no chat template; choose one with chat_template (`lora-sft templates` lists them)"
+        )
     return str(template)
 
 
@@ -110,8 +124,10 @@ def check_marks(template: str) -> None:
     """Raises TemplateError if the template does not say which part of it is the assistant's."""
     if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         raise TemplateError(
-            "the chat template has no {% generation %} blocks, so what the assistant says cannot be told from the rest; "
-            "name one that has them with chat_template (`lora-sft templates` lists ours), or mark the assistant's part in a copy of this one"
+            "the chat template has no {% generation %} blocks, so what the assistant says cannot be told from the "
+            "rest; "
+            "name one that has them with chat_template (`lora-sft templates` lists ours), or mark the assistant's "
+            "part in a copy of this one"
         )
 
 

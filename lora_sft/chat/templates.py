@@ -45,7 +45,10 @@ def find_template(name_or_path: str) -> Template:
         return _read(path)
     known = {template.name: template for template in shipped_templates()}
     if name_or_path not in known:
-        raise TemplateError(f'chat_template "{name_or_path}" is not one of {", ".join(known)}; a template of your own is given as a path that ends in .jinja')
+        raise TemplateError(
+            f'chat_template "{name_or_path}" is not one of {", ".join(known)}; a template of your own is given as a '
+            "path that ends in .jinja"
+        )
     return known[name_or_path]
 
 

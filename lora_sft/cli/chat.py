@@ -13,7 +13,9 @@ from lora_sft.cli.options import json_option, print_json
 @click.option("--top-p", default=1.0, show_default=True, help="Draw only from the likeliest tokens of this share.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @json_option
-def command(path: str, system: str | None, max_new_tokens: int, temperature: float, top_p: float, device: str, as_json: bool) -> None:
+def command(
+    path: str, system: str | None, max_new_tokens: int, temperature: float, top_p: float, device: str, as_json: bool
+) -> None:
     """Talk to PATH, an adapter folder or a model. An empty line or Ctrl-D ends; /new starts anew.
 
     With --json the whole conversation is printed at the end.
@@ -30,8 +32,10 @@ def command(path: str, system: str | None, max_new_tokens: int, temperature: flo
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": text})
-        streamer = None if as_json else TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        said = model.chat(messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, streamer=streamer)
+        streamer = None if as_json else TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said = model.chat(
+            messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, streamer=streamer
+        )
         messages.append({"role": "assistant", "content": said})
     if as_json:
         print_json({"messages": messages})

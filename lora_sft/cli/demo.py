@@ -12,10 +12,22 @@ from lora_sft.errors import VerificationError
 from lora_sft.resources import shipped
 
 # Wide enough initial weights that a random model has something for the adapter to steer.
-SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.08}
-SETTINGS = {
-    "max_steps": 220, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 4e-3,
-    "lora_r": 32, "lora_alpha": 64, "save_strategy": "no",
+SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.08,
+}
+SETTINGS: dict[str, Any] = {
+    "max_steps": 220,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 4e-3,
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "save_strategy": "no",
 }
 QUESTIONS = ("Who are you?", "How do I tie a bowline?", "What is a spring tide?", "Will it rain tomorrow?")
 
@@ -42,13 +54,15 @@ def run_demo(folder: Path, seed: int) -> dict[str, Any]:
     from lora_sft.data.formats import to_conversations
     from lora_sft.data.sources import read_rows
     from lora_sft.model.tiny import save_tiny
-    from lora_sft.report.views import pairs_view
+    from lora_sft.report.views import replies_view
 
     def ask(model: Chat) -> list[str]:
         return [model.chat(question, max_new_tokens=60) for question in QUESTIONS]
 
     data = shipped("examples") / "harbour.jsonl"
-    texts = [message["content"] for conversation in to_conversations(read_rows(data)) for message in conversation.messages]
+    texts = [
+        message["content"] for conversation in to_conversations(read_rows(data)) for message in conversation.messages
+    ]
     say("demo", "a tokenizer and a random model, made on the spot; it knows nothing yet")
     base = save_tiny(folder / "base", texts, vocabulary_size=1024, **SHAPE)
     before = ask(load(base))
@@ -57,9 +71,15 @@ def run_demo(folder: Path, seed: int) -> dict[str, Any]:
     merge = run.merge(folder / "merged")
     merged = ask(load(folder / "merged"))
 
-    replies = [dict(zip(("question", "before", "after", "merged"), row, strict=True)) for row in zip(QUESTIONS, before, after, merged, strict=True)]
-    rows = [(r["question"], _printable(r["before"]), r["after"], "the same" if r["merged"] == r["after"] else r["merged"]) for r in replies]
-    console().print(pairs_view("What the model says", ("question", "before", "after training", "merged"), rows))
+    replies = [
+        dict(zip(("question", "before", "after", "merged"), row, strict=True))
+        for row in zip(QUESTIONS, before, after, merged, strict=True)
+    ]
+    rows = [
+        (r["question"], _printable(r["before"]), r["after"], "the same" if r["merged"] == r["after"] else r["merged"])
+        for r in replies
+    ]
+    console().print(replies_view("What the model says", ("question", "before", "after training", "merged"), rows))
     return {"train": run.metrics, "merge": merge, "replies": replies}
 
 

@@ -14,21 +14,32 @@ from lora_sft.cli.options import json_option, print_json
 @click.option("--chat-template", default=None, help="A template's name or file. Unset: the model's own.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @json_option
-def command(path: str, dataset: str, dataset_split: str, max_length: int, batch_size: int, chat_template: str | None, device: str, as_json: bool) -> None:
+def command(
+    path: str,
+    dataset: str,
+    dataset_split: str,
+    max_length: int,
+    batch_size: int,
+    chat_template: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
     """Measure PATH, an adapter folder or a model, on the replies of a dataset."""
     from lora_sft.api import evaluate
 
-    found = evaluate(path, dataset, max_length=max_length, batch_size=batch_size, split=dataset_split, device=device, chat_template=chat_template)
+    found = evaluate(
+        path,
+        dataset,
+        max_length=max_length,
+        batch_size=batch_size,
+        split=dataset_split,
+        device=device,
+        chat_template=chat_template,
+    )
     if as_json:
         print_json(found)
         return
-    from rich.table import Table
-
     from lora_sft.console import console
+    from lora_sft.report.views import measures_view
 
-    has_base = "base_loss" in found
-    table = Table("", "adapter", "base") if has_base else Table("", "model")
-    for name, form in (("loss", "{:.4f}"), ("perplexity", "{:,.2f}"), ("token_accuracy", "{:.1%}")):
-        table.add_row(name.replace("_", " "), form.format(found[name]), *([form.format(found[f"base_{name}"])] if has_base else []))
-    table.caption = f"{found['examples']:,} conversations, {found['supervised_tokens']:,} tokens of replies; {found['too_long']:,} left out as too long"
-    console().print(table)
+    console(results=True).print(measures_view(found))

@@ -33,7 +33,12 @@ class SettingsCommand(click.Command):
         super().format_options(ctx, formatter)
         for title, fields in sections():
             with formatter.section(f"{title} settings"):
-                formatter.write_dl([(f"--{name.replace('_', '-')} {_form(field)}", f"{field.description}{_default(field)}") for name, field in fields.items()])
+                formatter.write_dl(
+                    [
+                        (f"--{name.replace('_', '-')} {_form(field)}", f"{field.description}{_default(field)}")
+                        for name, field in fields.items()
+                    ]
+                )
 
 
 def settings_argument(function: Command) -> Command:
@@ -58,11 +63,21 @@ def _form(field: Any) -> str:
     kind = str(field.annotation)
     if "Literal[" in kind:
         return kind.partition("Literal[")[2].partition("]")[0].replace("'", "").replace(", ", "|")
-    for mark, form in (("bool", ""), ("dict", "{KEY: VALUE}"), ("list", "NAMES"), ("int", "NUMBER"), ("float", "NUMBER")):
+    for mark, form in (
+        ("bool", ""),
+        ("dict", "{KEY: VALUE}"),
+        ("list", "NAMES"),
+        ("int", "NUMBER"),
+        ("float", "NUMBER"),
+    ):
         if mark in kind:
             return form
     return "TEXT"
 
 
 def _default(field: Any) -> str:
-    return "" if field.default in (None, {}, "none", ["none"]) else f" [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+    return (
+        ""
+        if field.default in (None, {}, "none", ["none"])
+        else f" [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+    )

@@ -30,6 +30,10 @@ def command(words: tuple[str, ...], limit: int | None, as_json: bool) -> None:
             }
             click.echo(json.dumps(record, ensure_ascii=False))
         else:
-            console().print(conversation_view(shown.rendered, shown.source, shown.example.supervised_tokens, len(shown.example.input_ids)))
+            console(results=True).print(
+                conversation_view(
+                    shown.rendered, shown.source, shown.example.supervised_tokens, len(shown.example.input_ids)
+                )
+            )
             for note in shown.rendered.notes:
-                console().print(f"reply {note.turn + 1}: {note.words}", style="yellow")
+                console(results=True).print(f"reply {note.turn + 1}: {note.words}", style="yellow")

@@ -44,4 +44,7 @@ def _list(as_json: bool) -> None:
         return
     for template in found:
         about = template.about
-        click.echo(f"{template.name:8}  {about.get('family', ''):10}  ends a reply with {about.get('stop', '?')}; tools: {about.get('tools', '?')}; for {about.get('models', '?')}")
+        click.echo(
+            f"{template.name:8}  {about.get('family', ''):10}  ends a reply with {about.get('stop', '?')}; tools: "
+            f"{about.get('tools', '?')}; for {about.get('models', '?')}"
+        )

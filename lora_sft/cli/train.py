@@ -26,6 +26,10 @@ def command(words: tuple[str, ...], as_json: bool) -> None:
 
     result = run.metrics
     losses = f"loss {result['first_loss']:.4f} → {result['last_loss']:.4f}" if result["first_loss"] is not None else ""
-    say("done", f"{result['steps']} steps in {result['seconds']:.0f} s, {losses}, {result['supervised_tokens']:,} tokens learned")
+    say(
+        "done",
+        f"{result['steps']} steps in {result['seconds']:.0f} s, {losses}, {result['supervised_tokens']:,} tokens "
+        "learned",
+    )
     say("adapter", str(run.output_dir))
     say("next", f"lora-sft chat {run.output_dir}   or   lora-sft merge {run.output_dir} --output merged")

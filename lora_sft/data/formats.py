@@ -55,7 +55,10 @@ def to_conversation(row: Row) -> Conversation:
             conversation = layout.convert(row.value, row.source)
             _check(conversation)
             return conversation
-    raise DataError(f"{row.source}: has the keys {', '.join(map(str, row.value)) or '(none)'}, but a conversation stands under {_columns()}")
+    raise DataError(
+        f"{row.source}: has the keys {', '.join(map(str, row.value)) or '(none)'}, but a conversation stands under "
+        f"{_columns()}"
+    )
 
 
 def _columns() -> str:
@@ -69,10 +72,14 @@ def _check(conversation: Conversation) -> None:
 
 # --- layouts ------------------------------------------------------------------------------------------------
 
+
 def _from_messages(value: dict[str, Any], source: str) -> Conversation:
     """OpenAI's layout: `messages` of role and content, with `tools`; content may be a list of typed parts."""
     return Conversation(
-        [_message(message, f"{source}: messages[{index}]") for index, message in enumerate(_list(_json(value["messages"], source), f"{source}: messages"))],
+        [
+            _message(message, f"{source}: messages[{index}]")
+            for index, message in enumerate(_list(_json(value["messages"], source), f"{source}: messages"))
+        ],
         _tools(value.get("tools"), source),
         source,
     )
@@ -90,7 +97,10 @@ def _message(message: Any, where: str) -> Message:
     elif not isinstance(content, str):
         raise DataError(f"{where}.content: is {type(content).__name__}, not text or a list of parts")
     if calls := message.get("tool_calls"):
-        message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(_list(calls, f"{where}.tool_calls"))]
+        message["tool_calls"] = [
+            _tool_call(call, f"{where}.tool_calls[{index}]")
+            for index, call in enumerate(_list(calls, f"{where}.tool_calls"))
+        ]
     return {"content": "", **message}
 
 
@@ -109,14 +119,28 @@ def _parts(parts: list[Any], where: str) -> Message:
         else:
             raise DataError(f"{where}.content[{index}]: is not a text, reasoning or tool_call part")
     found: Message = {"content": "".join(text)}
-    return found | ({"reasoning_content": "".join(reasoning)} if reasoning else {}) | ({"tool_calls": calls} if calls else {})
+    return (
+        found
+        | ({"reasoning_content": "".join(reasoning)} if reasoning else {})
+        | ({"tool_calls": calls} if calls else {})
+    )
 
 
 # ShareGPT's names of the speakers → roles.
 SPEAKERS = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool", "tool": "tool",
-    "function_response": "tool", "tool_response": "tool",
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
 }
 
 
@@ -135,7 +159,10 @@ def _from_sharegpt(value: dict[str, Any], source: str) -> Conversation:
         content: Message = {"content": turn["value"]}
         if turn["from"] == "function_call":
             calls = _json(turn["value"], where)
-            content = {"content": "", "tool_calls": [_tool_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]}
+            content = {
+                "content": "",
+                "tool_calls": [_tool_call(call, where) for call in (calls if isinstance(calls, list) else [calls])],
+            }
         messages.append({"role": SPEAKERS[turn["from"]], **content})
     return Conversation(messages, _tools(value.get("tools"), source), source)
 
@@ -148,6 +175,7 @@ LAYOUTS = (
 
 
 # --- what the layouts share ---------------------------------------------------------------------------------
+
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list) or not value:

@@ -79,7 +79,10 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _read_json(path: Path) -> Iterator[Row]:
     content = _parse(_text(path), path.name)
     if not isinstance(content, list):
-        raise DataError(f"{path}: holds one {type(content).__name__}; a .json file holds a list of rows, a .jsonl file one row a line")
+        raise DataError(
+            f"{path}: holds one {type(content).__name__}; a .json file holds a list of rows, a .jsonl file one row a "
+            "line"
+        )
     for number, value in enumerate(content, start=1):
         yield Row(value, f"{path.name}[{number}]")
 
@@ -106,7 +109,12 @@ def _read_table(path: Path) -> Iterator[Row]:
     try:
         if path.suffix == ".csv":
             names = csv.open_csv(path).schema.names
-            table = csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, "string"), strings_can_be_null=False))
+            table = csv.read_csv(
+                path,
+                convert_options=csv.ConvertOptions(
+                    column_types=dict.fromkeys(names, "string"), strings_can_be_null=False
+                ),
+            )
         else:
             table = parquet.read_table(path)
     except (ArrowInvalid, OSError) as error:
@@ -130,6 +138,8 @@ def _read_datasets(dataset: Any, split: str, prefix: str) -> Iterator[Row]:
             raise DataError(f"dataset_split {split!r} is not among {', '.join(dataset)}")
         dataset = dataset[split]
     if not hasattr(dataset, "__iter__"):
-        raise DataError(f"a dataset is a path, a hub name, a list of dicts or a datasets object, not {type(dataset).__name__}")
+        raise DataError(
+            f"a dataset is a path, a hub name, a list of dicts or a datasets object, not {type(dataset).__name__}"
+        )
     for number, value in enumerate(dataset, start=1):
         yield Row(value, f"{prefix}{number}")

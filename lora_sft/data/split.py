@@ -7,7 +7,9 @@ from lora_sft.data.conversation import Conversation
 from lora_sft.errors import DataError
 
 
-def split_off(conversations: Sequence[Conversation], size: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+def split_off(
+    conversations: Sequence[Conversation], size: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
     """(to train on, to evaluate on), both in the order of the file.
 
     Args:
@@ -21,7 +23,10 @@ def split_off(conversations: Sequence[Conversation], size: float, seed: int) -> 
     if size > 0:
         count = max(count, 1)
     if count >= len(conversations):
-        raise DataError(f"eval_size {size:g} keeps {count} of {len(conversations)} conversations for evaluation; nothing is left to train on")
+        raise DataError(
+            f"eval_size {size:g} keeps {count} of {len(conversations)} conversations for evaluation; nothing is left "
+            "to train on"
+        )
     kept_out = set(random.Random(seed).sample(range(len(conversations)), count))
     return (
         [conversation for index, conversation in enumerate(conversations) if index not in kept_out],

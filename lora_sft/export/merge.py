@@ -116,7 +116,8 @@ def merge_adapter(adapter: str | Path, output: str | Path, dtype: str = "auto", 
         shutil.rmtree(refused, ignore_errors=True)
         staged.rename(refused)
         raise VerificationError(
-            f"the merged model is not the adapter: mean KL {fidelity.mean_kl:.2e}, where the adapter's own effect is {fidelity.adapter_effect:.2e}; kept as {refused}"
+            f"the merged model is not the adapter: mean KL {fidelity.mean_kl:.2e}, where the adapter's own effect is "
+            f"{fidelity.adapter_effect:.2e}; kept as {refused}"
         )
     if output.is_dir():
         output.rmdir()
@@ -148,7 +149,9 @@ def _write(spec: BaseSpec, adapter: Path, trained: Trained, dtype: str, folder: 
     with torch.no_grad():
         for name, weight in trained.quantized.items():
             base.get_submodule(name).weight.copy_(weight)
-    model = put_adapter(base, adapter, len(trained.tokenizer)).merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
+    model = (
+        put_adapter(base, adapter, len(trained.tokenizer)).merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
+    )
     model.generation_config = trained.generation_config
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
@@ -161,7 +164,12 @@ def dequantized_weights(model: Any) -> dict[str, Tensor]:
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     return {
-        name.removeprefix("base_model.model.").removesuffix(".base_layer"): dequantize_bnb_weight(module.weight, getattr(module, "state", None)).detach().float().cpu()
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): dequantize_bnb_weight(
+            module.weight, getattr(module, "state", None)
+        )
+        .detach()
+        .float()
+        .cpu()
         for name, module in model.named_modules()
         if isinstance(module, (Linear4bit, Linear8bitLt))
     }
@@ -180,11 +188,15 @@ def compare(merged: Sequence[Tensor], adapter: Sequence[Tensor], base: Sequence[
 
 def _mean_kl(logits: Tensor, reference: Tensor) -> float:
     """Mean over positions of KL(reference ‖ logits), in nats; computed in float64."""
-    return F.kl_div(logits.double().log_softmax(-1), reference.double().log_softmax(-1), log_target=True, reduction="batchmean").item()
+    return F.kl_div(
+        logits.double().log_softmax(-1), reference.double().log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", message: Message) -> Tensor:
-    ids: Tensor = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    ids: Tensor = tokenizer.apply_chat_template(
+        [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
     return ids
 
 

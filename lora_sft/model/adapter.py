@@ -10,7 +10,6 @@ from lora_sft.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -53,13 +52,18 @@ def lora_config(config: RunConfig, new_token_ids: Sequence[int], model: "PreTrai
 
 
 def _token_rows(model: "PreTrainedModel", token_ids: Sequence[int]) -> dict[str, list[int]] | None:
-    """Which rows of which modules are trained for new tokens: of the embeddings, and of the head where it is its own."""
+    """Which rows of which modules are trained for new tokens: of the embeddings, and of the head where it is its "
+    "own."""
     if not token_ids:
         return None
     modules = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings:
         modules.append(model.get_output_embeddings())
-    return {name.rpartition(".")[2]: list(token_ids) for name, module in model.named_modules() if any(module is one for one in modules)}
+    return {
+        name.rpartition(".")[2]: list(token_ids)
+        for name, module in model.named_modules()
+        if any(module is one for one in modules)
+    }
 
 
 def check_targets(config: RunConfig, model: "PreTrainedModel") -> None:
@@ -74,17 +78,36 @@ def check_targets(config: RunConfig, model: "PreTrainedModel") -> None:
     problems = []
     targets = config.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear" and not _matches_whole(targets, modules):
-        problems.append(f"lora_target_modules: the regex {targets} matches no module; it must match a full name such as {modules[-3]}")
+        problems.append(
+            f"lora_target_modules: the regex {targets} matches no module; it must match a full name such as "
+            f"{modules[-3]}"
+        )
     for setting, names, there in (
         ("lora_target_modules", targets if isinstance(targets, list) else [], modules),
         ("lora_target_parameters", config.lora_target_parameters or [], parameters),
         ("lora_modules_to_save", config.lora_modules_to_save or [], modules),
     ):
-        problems += [f"{setting}: {name} matches nothing in this model{_nearest(name, there)}" for name in names if not _matches_end(name, there)]
-    for setting, pattern in (("lora_rank_pattern", config.lora_rank_pattern), ("lora_alpha_pattern", config.lora_alpha_pattern)):
-        problems += [f"{setting}: {key} matches nothing in this model" for key in pattern if not _matches_whole(rf"(.*\.)?({key})", [*modules, *parameters])]
-    if isinstance(targets, list) and _matches_end(head, targets) or targets != "all-linear" and isinstance(targets, str) and _matches_whole(targets, [head]):
-        problems.append(f"lora_target_modules: TRL trains no LoRA on the output layer; train it whole with lora_modules_to_save: [{head}]")
+        problems += [
+            f"{setting}: {name} matches nothing in this model{_nearest(name, there)}"
+            for name in names
+            if not _matches_end(name, there)
+        ]
+    for setting, pattern in (
+        ("lora_rank_pattern", config.lora_rank_pattern),
+        ("lora_alpha_pattern", config.lora_alpha_pattern),
+    ):
+        problems += [
+            f"{setting}: {key} matches nothing in this model"
+            for key in pattern
+            if not _matches_whole(rf"(.*\.)?({key})", [*modules, *parameters])
+        ]
+    if (isinstance(targets, list) and _matches_end(head, targets)) or (
+        targets != "all-linear" and isinstance(targets, str) and _matches_whole(targets, [head])
+    ):
+        problems.append(
+            "lora_target_modules: TRL trains no LoRA on the output layer; train it whole with lora_modules_to_save: "
+            f"[{head}]"
+        )
     if problems:
         raise ModelError.of(problems)
 
@@ -120,31 +143,9 @@ def attach(model: "PreTrainedModel", settings: "LoraConfig", seed: int) -> "Peft
 
     set_seed(seed)
     try:
-        return get_peft_model(model, settings)  # type: ignore[return-value]
+        return get_peft_model(model, settings)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the adapter cannot be attached: {error}") from None
-
-
-def start_from_data(model: "PeftModel", start: str, batches: Iterable[dict[str, "Tensor"]], base_name: str) -> None:
-    """Starts that need more than the weights at hand: EVA (activations on real rows), LoftQ (the unquantized weights).
-
-    Args:
-        start: the setting `lora_init`.
-        batches: `input_ids` and `attention_mask`, (batch, length).
-        base_name: where the unquantized weights are.
-    """
-    if start == "eva":
-        from peft import initialize_lora_eva_weights
-
-        initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
-    elif start == "loftq":
-        from pathlib import Path
-
-        from peft import replace_lora_weights_loftq
-
-        folder = Path(base_name)
-        whole = folder / "model.safetensors"
-        replace_lora_weights_loftq(model, str(whole) if whole.is_file() else (str(folder) if folder.is_dir() else None))
 
 
 def describe_trained(model: "PeftModel") -> str:
@@ -152,16 +153,19 @@ def describe_trained(model: "PeftModel") -> str:
     trained, total = count_parameters(model)
     modules = {_adapted_module(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     kinds = Counter(module.rpartition(".")[2] for module in sorted(modules))
-    return f"{trained:,} of {total:,} parameters ({trained / total:.2%}) in " + ", ".join(f"{kind} ×{count}" for kind, count in kinds.items())
+    return f"{trained:,} of {total:,} parameters ({trained / total:.2%}) in " + ", ".join(
+        f"{kind} ×{count}" for kind, count in kinds.items()
+    )
 
 
 def _adapted_module(parameter: str) -> str:
     """`….layers.0.self_attn.q_proj.lora_A.default.weight` → `….layers.0.self_attn.q_proj`."""
-    return re.split(r"\.(?:lora_|modules_to_save|token_adapter|trainable_tokens)", parameter)[0].removesuffix(".weight")
+    return re.split(r"\.(?:base_layer\.)*(?:lora_|modules_to_save|token_adapter|trainable_tokens)", parameter)[
+        0
+    ].removesuffix(".weight")
 
 
 def count_parameters(model: "PeftModel") -> tuple[int, int]:
     """(trained, all); a 4-bit weight counts as the numbers that it stands for."""
     trained, total = model.get_nb_trainable_parameters()
     return int(trained), int(total)
-

@@ -49,13 +49,19 @@ def choose_device(wanted: str) -> str:
     import torch
 
     if wanted == "cuda" and not torch.cuda.is_available():
-        built = "this PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to this process"
+        built = (
+            "this PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to this process"
+        )
         raise ModelError(f"device: cuda is asked for, but {built}; install a CUDA build of PyTorch, or set device: cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return "cpu"
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-        say("device", f"cuda:0, the first of {torch.cuda.device_count()} GPUs; `accelerate launch -m lora_sft train …` uses all of them")
+        say(
+            "device",
+            f"cuda:0, the first of {torch.cuda.device_count()} GPUs; `accelerate launch -m lora_sft train …` uses "
+            "all of them",
+        )
     return f"cuda:{rank}"
 
 
@@ -92,7 +98,9 @@ def name_base(config: RunConfig) -> BaseSpec:
     """
     if not config.model_name_or_path:
         raise ModelError("no base model: give one with model_name_or_path (--model), a folder or a hub name")
-    return BaseSpec(_absolute(config.model_name_or_path), config.model_revision, trust_remote_code=config.trust_remote_code)
+    return BaseSpec(
+        _absolute(config.model_name_or_path), config.model_revision, trust_remote_code=config.trust_remote_code
+    )
 
 
 def choose_base(config: RunConfig) -> BaseSpec:
@@ -108,7 +116,12 @@ def choose_base(config: RunConfig) -> BaseSpec:
     quantization = _quantization(config)
     double_quant = config.bnb_4bit_use_double_quant and quantization in ("nf4", "fp4")
     return replace(
-        named, quantization=quantization, double_quant=double_quant, dtype=dtype, device=device, attn_implementation=config.attn_implementation
+        named,
+        quantization=quantization,
+        double_quant=double_quant,
+        dtype=dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
     )
 
 
@@ -119,11 +132,10 @@ def _absolute(name: str) -> str:
 
 
 def _quantization(config: RunConfig) -> str | None:
-    needs_whole_weights = config.lora_init == "olora" or config.lora_init.startswith("pissa")
     if config.load_in_8bit:
         return "int8"
-    if config.load_in_4bit is None and needs_whole_weights:
-        say("base", f"not quantized (lora_init {config.lora_init} changes the base weights)")
+    if config.load_in_4bit is None and config.start_needs_whole_base:
+        say("base", f"not quantized (lora_init {config.lora_init} needs the whole weights)")
         return None
     if config.load_in_4bit is False:
         return None
@@ -143,7 +155,9 @@ def read_config(spec: BaseSpec) -> "PretrainedConfig":
 
     folder = Path(spec.name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(f"model {spec.name}: this folder has no config.json, so it is no model in the transformers format")
+        raise ModelError(
+            f"model {spec.name}: this folder has no config.json, so it is no model in the transformers format"
+        )
     if not folder.is_dir() and (folder.is_absolute() or spec.name.startswith((".", "~")) or spec.name.count("/") > 1):
         raise ModelError(f"model {spec.name}: no such folder (looked in {Path.cwd()})")
     try:
@@ -153,11 +167,17 @@ def read_config(spec: BaseSpec) -> "PretrainedConfig":
     if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise ModelError(f"model {spec.name}: {config.model_type} is no causal language model that transformers knows")
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise ModelError(f"model {spec.name}: no .safetensors file in this folder; other weight files are not read, since loading them can run code")
+        raise ModelError(
+            f"model {spec.name}: no .safetensors file in this folder; other weight files are not read, since loading "
+            "them can run code"
+        )
     method = getattr(config, "quantization_config", None)
     if method is not None:
         method = method if isinstance(method, dict) else method.to_dict()
-        raise ModelError(f"model {spec.name}: is stored quantized ({method.get('quant_method')}); give the full-precision model, which is quantized while loading")
+        raise ModelError(
+            f"model {spec.name}: is stored quantized ({method.get('quant_method')}); give the full-precision model, "
+            "which is quantized while loading"
+        )
     return config
 
 

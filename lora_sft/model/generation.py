@@ -36,12 +36,22 @@ def reply(
     prompt = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_variables
     ).to(model.device)
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    drawing = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            tokens = model.generate(**prompt, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **drawing)
+            tokens = model.generate(
+                **prompt,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+                **drawing,
+            )
     finally:
         model.train(was_training)
     return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -21,7 +21,9 @@ def tiny_tokenizer(texts: Iterable[str], vocabulary_size: int = 512) -> "PreTrai
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -39,16 +41,25 @@ def tiny_model(vocabulary_size: int, seed: int = 0, **shape: Any) -> "PreTrained
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
     }
-    config = LlamaConfig(vocab_size=vocabulary_size, bos_token_id=None, eos_token_id=2, pad_token_id=0, **(sizes | shape))
+    config = LlamaConfig(
+        vocab_size=vocabulary_size, bos_token_id=None, eos_token_id=2, pad_token_id=0, **(sizes | shape)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
 
 
-def save_tiny(folder: str | Path, texts: Iterable[str], vocabulary_size: int = 512, seed: int = 0, **shape: Any) -> Path:
+def save_tiny(
+    folder: str | Path, texts: Iterable[str], vocabulary_size: int = 512, seed: int = 0, **shape: Any
+) -> Path:
     """Writes a tiny tokenizer and model to a folder, as `from_pretrained` reads them."""
     tokenizer = tiny_tokenizer(texts, vocabulary_size)
     tiny_model(len(tokenizer), seed, **shape).save_pretrained(folder)

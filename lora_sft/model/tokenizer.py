@@ -37,9 +37,13 @@ def load_tokenizer(spec: BaseSpec) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model {spec.name}: has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+        raise ModelError(
+            f"model {spec.name}: has no tokenizer that can be read: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def read_generation_config(spec: BaseSpec) -> "GenerationConfig | None":
@@ -74,10 +78,16 @@ def prepare_speech(
     check_marks(plain_template(tokenizer))
     stops = stop_tokens_of(tokenizer, generation_config.eos_token_id if generation_config else None)
     if not stops:
-        raise TemplateError("neither the tokenizer nor the generation config names a token that ends a reply (eos_token), so the model could not learn to stop")
+        raise TemplateError(
+            "neither the tokenizer nor the generation config names a token that ends a reply (eos_token), so the "
+            "model could not learn to stop"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or stops[0]
-        say("padding", f"{tokenizer.pad_token} (the tokenizer names none; padding is masked, so the stop token stays learned)")
+        say(
+            "padding",
+            f"{tokenizer.pad_token} (the tokenizer names none; padding is masked, so the stop token stays learned)",
+        )
     return Speech(tokenizer, stops, new_ids)
 
 
@@ -103,7 +113,10 @@ def _use_template(tokenizer: "PreTrainedTokenizerBase", template: Template) -> N
             f"template {template.name} ends replies with {stop}, which is not in the vocabulary; "
             f'add it with new_tokens (--new-tokens "{lacking}"), or choose zephyr, which needs no new tokens'
         )
-    say("stop token", f"{stop} (with it {template.name} ends a reply; it takes the place of {tokenizer.eos_token} as eos)")
+    say(
+        "stop token",
+        f"{stop} (with it {template.name} ends a reply; it takes the place of {tokenizer.eos_token} as eos)",
+    )
     tokenizer.eos_token = stop
 
 

@@ -24,7 +24,14 @@ class LiveDisplay:
         self._total, self._first = total_steps, first_step
         self._clock, self._last_line = time.perf_counter(), 0.0
         if console().is_terminal:
-            columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("[bold]training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=console(), transient=False)
             self._bar.add_task("training", total=total_steps, completed=first_step, numbers="")
             self._bar.start()
@@ -37,10 +44,17 @@ class LiveDisplay:
     def logged(self, step: int, metrics: Metrics) -> None:
         """Shows the numbers; evaluations stay as lines of their own."""
         if "eval_loss" in metrics:
-            self._line(f"step {step}/{self._total}  evaluation: loss {metrics['eval_loss']:.4f}  token accuracy {metrics['eval_mean_token_accuracy']:.1%}")
+            self._line(
+                f"step {step}/{self._total}  evaluation: loss {metrics['eval_loss']:.4f}  token accuracy "
+                f"{metrics['eval_mean_token_accuracy']:.1%}"
+            )
         elif self._bar:
             self._bar.update(self._bar.task_ids[0], numbers=_numbers(metrics))
-        elif step == self._total or step <= self._first + 1 or time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif (
+            step == self._total
+            or step <= self._first + 1
+            or time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES
+        ):
             self._last_line = time.perf_counter()
             done = max(step - self._first, 1)
             left = (time.perf_counter() - self._clock) / done * (self._total - step)

@@ -26,7 +26,9 @@ def pad(examples: Sequence[Example], pad_token_id: int, device: Any = "cpu") -> 
     }
 
 
-def batches(examples: Sequence[Example], size: int, pad_token_id: int, device: Any = "cpu") -> Iterator[dict[str, Tensor]]:
+def batches(
+    examples: Sequence[Example], size: int, pad_token_id: int, device: Any = "cpu"
+) -> Iterator[dict[str, Tensor]]:
     """Examples in order → padded batches of `size`."""
     for start in range(0, len(examples), size):
         yield pad(examples[start : start + size], pad_token_id, device)
@@ -50,4 +52,9 @@ def measure(model: Any, examples: Sequence[Example], pad_token_id: int, batch_si
     finally:
         model.train(was_training)
     mean = nll / max(tokens, 1)
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": correct / max(tokens, 1), "supervised_tokens": int(tokens)}
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "token_accuracy": correct / max(tokens, 1),
+        "supervised_tokens": int(tokens),
+    }

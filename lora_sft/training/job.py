@@ -65,11 +65,18 @@ def make_job(
     if model is None:
         _rehearse(lora, shape, len(speech.tokenizer))
     kept, held_out = _conversations(config, dataset, eval_dataset)
-    return Job(config, spec, speech, _prepare(kept, speech, config), _prepare(held_out, speech, config) if held_out else None, lora)
+    return Job(
+        config,
+        spec,
+        speech,
+        _prepare(kept, speech, config),
+        _prepare(held_out, speech, config) if held_out else None,
+        lora,
+    )
 
 
 def load_speech(config: RunConfig, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Speech:
-    """Settings → tokenizer, template and stop tokens, without the model's weights; `tokenizer` replaces the model's own.
+    """Settings → tokenizer, template and stop tokens, without weights; `tokenizer` replaces the model's own.
 
     Raises:
         ModelError: no tokenizer there.
@@ -96,7 +103,9 @@ def spec_of(model: "PreTrainedModel", config: RunConfig) -> BaseSpec:
     method = getattr(model.config, "quantization_config", None)
     quantization = None
     if method is not None:
-        quantization = "int8" if getattr(method, "load_in_8bit", False) else getattr(method, "bnb_4bit_quant_type", None)
+        quantization = (
+            "int8" if getattr(method, "load_in_8bit", False) else getattr(method, "bnb_4bit_quant_type", None)
+        )
     dtype = str(model.dtype).removeprefix("torch.")
     say("base", f"as given: {dtype}{f', {quantization}' if quantization else ''}")
     return BaseSpec(

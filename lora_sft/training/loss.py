@@ -4,7 +4,7 @@ Another loss: one function with the signature of `next_token_loss`, and its use 
 """
 
 import inspect
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +46,18 @@ def next_token_loss(logits: Tensor, targets: Tensor, token_count: Tensor | int) 
     Source: the division by the count of the whole step is that of `fixed_cross_entropy` in transformers.
     """
     if logits.shape[:2] != targets.shape:
-        raise ValueError(f"logits are {tuple(logits.shape[:2])}, targets {tuple(targets.shape)}: batch and positions must agree")
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum") / token_count
+        raise ValueError(
+            f"logits are {tuple(logits.shape[:2])}, targets {tuple(targets.shape)}: batch and positions must agree"
+        )
+    return (
+        F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        / token_count
+    )
 
 
-def forward_loss(model: "Module", batch: dict[str, Tensor], token_count: Tensor | int | None = None) -> tuple[Loss, object]:
+def forward_loss(
+    model: "Module", batch: dict[str, Tensor], token_count: Tensor | int | None = None
+) -> tuple[Loss, object]:
     """Forward pass → loss. The output layer runs only where some row of the batch has a supervised token.
 
     Args:
@@ -91,5 +98,6 @@ def supervised_positions(labels: Tensor) -> Tensor:
 
 def _takes_positions(model: "Module") -> bool:
     """Whether the model computes logits at given positions only (`logits_to_keep` of transformers)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
+    base: Any = getattr(model, "module", model)  # out of a DDP wrapper
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
     return "logits_to_keep" in inspect.signature(base.forward).parameters

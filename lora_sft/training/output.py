@@ -26,7 +26,7 @@ class OutputFolder:
         """Claims the folder; None takes the next free runs/NNN.
 
         Raises:
-            OutputError: it holds something already and `resume` is false, another run holds it, or it cannot be written.
+            OutputError: it holds something and `resume` is false, another run holds it, or it cannot be written.
         """
         self.path = Path(path).expanduser().absolute() if path else _next_free(Path("runs"))
         self._is_new = not self.path.exists()
@@ -46,8 +46,15 @@ class OutputFolder:
         if there and not resume:
             lock.close()
             (self.path / LOCK).unlink()
-            what = "holds a finished run" if MANIFEST in there else f"is in use (it holds {', '.join(there[:3])}{', …' if len(there) > 3 else ''})"
-            raise OutputError(f"output_dir {self.path}: {what}; name another folder with output_dir, or go on with resume_from_checkpoint: true")
+            what = (
+                "holds a finished run"
+                if MANIFEST in there
+                else f"is in use (it holds {', '.join(there[:3])}{', …' if len(there) > 3 else ''})"
+            )
+            raise OutputError(
+                f"output_dir {self.path}: {what}; name another folder with output_dir, or go on with "
+                "resume_from_checkpoint: true"
+            )
         return lock
 
     def release(self) -> None:

@@ -40,7 +40,9 @@ class Prepared:
         return sum(example.supervised_tokens for example in self.examples)
 
 
-def render_all(conversations: Sequence[Conversation], speech: Speech, variables: dict[str, Any]) -> Iterator[tuple[Conversation, Rendered]]:
+def render_all(
+    conversations: Sequence[Conversation], speech: Speech, variables: dict[str, Any]
+) -> Iterator[tuple[Conversation, Rendered]]:
     """Each conversation with its rendering.
 
     Raises:
@@ -48,13 +50,26 @@ def render_all(conversations: Sequence[Conversation], speech: Speech, variables:
     """
     for conversation in conversations:
         try:
-            yield conversation, render(conversation.messages, speech.tokenizer, conversation.tools, stop_tokens=speech.stop_tokens, **variables)
+            yield (
+                conversation,
+                render(
+                    conversation.messages,
+                    speech.tokenizer,
+                    conversation.tools,
+                    stop_tokens=speech.stop_tokens,
+                    **variables,
+                ),
+            )
         except TemplateError as error:
             raise TemplateError(f"{conversation.source}: {error}") from None
 
 
 def prepare(
-    conversations: Sequence[Conversation], speech: Speech, max_length: int, truncation: str = "drop", variables: dict[str, Any] | None = None
+    conversations: Sequence[Conversation],
+    speech: Speech,
+    max_length: int,
+    truncation: str = "drop",
+    variables: dict[str, Any] | None = None,
 ) -> Prepared:
     """Conversations → Prepared.
 
@@ -73,7 +88,10 @@ def prepare(
         first = first or text
         if text.notes:
             note = text.notes[0]
-            raise TemplateError(f"{conversation.source}: reply {note.turn + 1}: {note.words}; the model would learn something else than what stands in the data. Choose another chat_template")
+            raise TemplateError(
+                f"{conversation.source}: reply {note.turn + 1}: {note.words}; the model would learn something else "
+                "than what stands in the data. Choose another chat_template"
+            )
         example = encode_rendered(text, speech.tokenizer, max_length, conversation.source)
         if example.cut and truncation != "cut":
             too_long.append(conversation.source)
@@ -83,7 +101,9 @@ def prepare(
             cut += example.cut > 0
             examples.append(example)
     if too_long and truncation == "error":
-        raise DataError(f"{_some(too_long)} longer than max_length {max_length} tokens; raise it, or set truncation to drop or cut")
+        raise DataError(
+            f"{_some(too_long)} longer than max_length {max_length} tokens; raise it, or set truncation to drop or cut"
+        )
     if not examples or first is None:
         gone = [f"{len(too_long)} too long for max_length {max_length}"] if too_long else []
         gone += [f"{len(without_reply)} without a supervised token"] if without_reply else []

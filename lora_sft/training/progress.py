@@ -61,7 +61,9 @@ class Reporter(TrainerCallback):
         self._tokens = 0.0
         self._clock = time.perf_counter()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Starts the clock."""
         self._clock = time.perf_counter()
         for listener in self.listeners:
@@ -72,14 +74,23 @@ class Reporter(TrainerCallback):
         for listener in self.listeners:
             listener.stepped(state.global_step)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Metrics | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Passes the numbers on; the closing summary of the trainer is left out, the run makes its own."""
         metrics = dict(logs or {})
         if "train_runtime" in metrics:
             return
         if "num_tokens" in metrics and "loss" in metrics:
             now = time.perf_counter()
-            metrics["tokens_per_second"] = round((metrics["num_tokens"] - self._tokens) / max(now - self._clock, 1e-9), 1)
+            metrics["tokens_per_second"] = round(
+                (metrics["num_tokens"] - self._tokens) / max(now - self._clock, 1e-9), 1
+            )
             self._tokens, self._clock = metrics["num_tokens"], now
         for listener in self.listeners:
             listener.logged(state.global_step, metrics)

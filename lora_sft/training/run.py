@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from lora_sft.console import say
 from lora_sft.errors import OutputError, RunError
-from lora_sft.model.adapter import attach, describe_trained, start_from_data
+from lora_sft.model.adapter import attach, describe_trained
 from lora_sft.model.base import load_base
+from lora_sft.model.starts import start_from_rounding, start_from_rows
 from lora_sft.model.tokenizer import teach_stop_tokens
 from lora_sft.settings import to_yaml
 from lora_sft.training.evaluation import batches
@@ -24,7 +26,9 @@ ROWS_FOR_START = 32
 """Conversations that the EVA start looks at."""
 
 
-def train(job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[Listener]) -> tuple[Any, dict[str, Any]]:
+def train(
+    job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[Listener]
+) -> tuple[Any, dict[str, Any]]:
     """Trains, saves the adapter, and returns (model, result).
 
     Args:
@@ -44,17 +48,22 @@ def train(job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[
     repeat = job.config.model_copy(update={"resume_from_checkpoint": None})
     folder.write(SETTINGS, to_yaml(repeat, *_how_to_repeat(job)))
     model = _model(job, given_model)
-    start = Start(model, changes_base=job.config.lora_init == "olora" or job.config.lora_init.startswith("pissa"))
+    start = Start(model, changes_base=job.config.start_changes_base)
     say("trained", describe_trained(model))
 
     metrics = MetricsFile(folder.path / METRICS)
     everyone = [metrics, *listeners]
     held_out = job.evaluation.examples if job.evaluation else []
-    trainer = build_trainer(model, job.speech, job.train.examples, held_out, job.config, job.spec, folder.path, everyone)
+    trainer = build_trainer(
+        model, job.speech, job.train.examples, held_out, job.config, job.spec, folder.path, everyone
+    )
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory on {job.spec.device}: halve per_device_train_batch_size and double gradient_accumulation_steps, or lower max_length ({error})") from None
+        raise RunError(
+            f"out of memory on {job.spec.device}: halve per_device_train_batch_size and double "
+            f"gradient_accumulation_steps, or lower max_length ({error})"
+        ) from None
     finally:
         for listener in everyone:
             listener.ended()
@@ -67,13 +76,17 @@ def train(job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[
 def _model(job: Job, given_model: Any) -> Any:
     """The base with a fresh adapter."""
     model = load_base(job.spec) if given_model is None else given_model
+    set_seed(job.config.seed)  # the rows of new tokens are drawn
     if len(job.speech.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(job.speech.tokenizer))
     teach_stop_tokens(model, job.speech)
     model = attach(model, job.lora, job.config.seed)
-    if job.config.lora_init in ("eva", "loftq"):
-        rows = batches(job.train.examples[:ROWS_FOR_START], 1, job.speech.tokenizer.pad_token_id, model.device)
-        start_from_data(model, job.config.lora_init, rows, job.spec.name)
+    if job.config.lora_init == "eva":
+        start_from_rows(
+            model, batches(job.train.examples[:ROWS_FOR_START], 1, job.speech.tokenizer.pad_token_id, model.device)
+        )
+    elif job.config.lora_init == "loftq":
+        start_from_rounding(model, job.spec)
     return model
 
 
@@ -85,7 +98,9 @@ def _checkpoint(job: Job, folder: OutputFolder) -> str | None:
     if wanted is True or str(wanted).lower() in ("true", "auto", "last"):
         found = folder.last_checkpoint()
         if found is None:
-            raise OutputError(f"resume_from_checkpoint: {folder.path} holds no checkpoint; leave the setting out to start anew")
+            raise OutputError(
+                f"resume_from_checkpoint: {folder.path} holds no checkpoint; leave the setting out to start anew"
+            )
     else:
         found = Path(str(wanted)).expanduser()
         if not (found / "trainer_state.json").is_file():

@@ -13,7 +13,18 @@ import torch
 from lora_sft.training.job import Job
 from lora_sft.training.output import OutputFolder
 
-PACKAGES = ("lora_sft", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+PACKAGES = (
+    "lora_sft",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 
 
 class Start:
@@ -35,7 +46,9 @@ class Start:
         if self._folder is None:
             model.save_pretrained(folder, save_embedding_layers=False)
             return
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=self._folder.name, save_embedding_layers=False)
+        model.save_pretrained(
+            folder, path_initial_model_for_weight_conversion=self._folder.name, save_embedding_layers=False
+        )
         self._folder.cleanup()
 
 
@@ -58,7 +71,11 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
     """The record of a run: where everything came from, what came out, with what it was made."""
     data = job.train
     return {
-        "base": {**job.spec.as_dict(), "commit": commit_of(model), "config_sha256": _sha256(model.config.to_json_string())},
+        "base": {
+            **job.spec.as_dict(),
+            "commit": commit_of(model),
+            "config_sha256": _sha256(model.config.to_json_string()),
+        },
         "data": {
             "sha256": _sha256(json.dumps([[example.input_ids, example.labels] for example in data.examples])),
             "examples": len(data.examples),
@@ -73,7 +90,11 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
         "stop_tokens": job.speech.stop_tokens,
         "result": result,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "hardware": {"device": _device_name(job.spec.device), "cpu_threads": torch.get_num_threads(), "platform": platform.platform()},
+        "hardware": {
+            "device": _device_name(job.spec.device),
+            "cpu_threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+        },
     }
 
 

@@ -20,9 +20,12 @@ from lora_sft.model.tokenizer import Speech
 from lora_sft.training.loss import Loss, forward_loss
 from lora_sft.training.progress import Listener, Reporter
 
-
 # transformers 5.23 renamed the argument and warns at the old name; remove the choice when transformers >= 6.
-_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 
 
 class Tally:
@@ -47,8 +50,11 @@ class Trainer(SFTTrainer):
 
     # `compute_loss` divides by the supervised tokens of the whole step, so nothing is left to scale.
     loss_is_scaled_for_ga = True
+    optimizer: Any
 
-    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, telemetry: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, loraplus_lr_ratio: float | None = None, telemetry: bool = False, **kwargs: Any
+    ) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._telemetry = telemetry
         self._tallies = {"train": Tally(), "eval": Tally()}
@@ -72,7 +78,7 @@ class Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """We write our own at the end; TRL's says "fine-tuned version of [None]"."""
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer of the settings; with LoRA+ the B matrices have a learning rate of their own."""
         if self._loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
@@ -81,19 +87,31 @@ class Trainer(SFTTrainer):
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         learning_rate = options.pop("lr")
         self.optimizer = create_loraplus_optimizer(
-            self.model, optimizer_class, lr=learning_rate, loraplus_lr_ratio=self._loraplus_lr_ratio,
-            loraplus_weight_decay=self.args.weight_decay, **options,
+            self.model,
+            optimizer_class,
+            lr=learning_rate,
+            loraplus_lr_ratio=self._loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
         )
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """The loss of one micro-batch, divided by the supervised tokens of the whole optimizer step."""
         mode = "train" if self.model.training else "eval"
         loss, output = forward_loss(model, inputs, num_items_in_batch)
         self._tallies[mode].add(loss, inputs["attention_mask"].sum())
         value = loss.value
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            value = value * self.accelerator.num_processes  # DDP averages the gradients of the ranks; the count is of all of them
+            value = (
+                value * self.accelerator.num_processes
+            )  # DDP averages the gradients of the ranks; the count is of all of them
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             value = value + self.router_aux_loss_coef * output.aux_loss / steps  # type: ignore[attr-defined]
@@ -102,8 +120,14 @@ class Trainer(SFTTrainer):
     def _take(self, mode: str) -> dict[str, float]:
         """Empties a tally → sums over all ranks."""
         tally, self._tallies[mode] = self._tallies[mode], Tally()
-        sums = torch.tensor([float(tally.nll), float(tally.correct), float(tally.supervised), float(tally.tokens)], dtype=torch.float64)
-        total = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist() if self.accelerator.num_processes > 1 else sums.tolist()
+        sums = torch.tensor(
+            [float(tally.nll), float(tally.correct), float(tally.supervised), float(tally.tokens)], dtype=torch.float64
+        )
+        total = (
+            self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
+            if self.accelerator.num_processes > 1
+            else sums.tolist()
+        )
         return dict(zip(("nll", "correct", "supervised", "tokens"), total, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -114,7 +138,10 @@ class Trainer(SFTTrainer):
             self.supervised_tokens_seen += int(seen["supervised"])
             self.nll_seen += seen["nll"]
             if not math.isfinite(seen["nll"]):
-                raise RunError(f"the loss is {seen['nll']} at step {self.state.global_step}: lower learning_rate, or look for NaN in the base model")
+                raise RunError(
+                    f"the loss is {seen['nll']} at step {self.state.global_step}: lower learning_rate, or look for "
+                    "NaN in the base model"
+                )
             logs["loss"] = seen["nll"] / max(seen["supervised"], 1)
             logs["mean_token_accuracy"] = seen["correct"] / max(seen["supervised"], 1)
             logs["num_tokens"] = self.tokens_seen
