@@ -1,0 +1,77 @@
+"""Which characters the model must produce: the reply through its first stop token, nothing else."""
+
+import json
+
+import pytest
+
+from lora_sft.chat.rendering import DROPPED, NO_STOP_TOKEN, render, stop_tokens_of
+from lora_sft.errors import TemplateError
+from tests.conftest import conversation
+
+OPEN = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+CLOSE = "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+def learned(template: str, tokenizer, *turns: str) -> list[str]:
+    rendered = render(conversation(*turns), tokenizer, chat_template=template)
+    return [rendered.text[start:end] for start, end in rendered.supervised]
+
+
+def test_nothing_behind_the_first_stop_token_is_learned(tokenizer):
+    template = OPEN + "{{ m.content }}<|im_end|>\n<|im_end|>\n" + CLOSE
+    assert learned(template, tokenizer, "hi", "yo") == ["yo<|im_end|>"]
+
+
+def test_a_stop_token_right_behind_the_block_is_learned(tokenizer):
+    template = OPEN + "{{ m.content }}" + CLOSE.replace("{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
+    assert learned(template, tokenizer, "hi", "yo") == ["yo<|im_end|>"]
+
+
+def test_a_reply_equal_to_the_question_is_not_taken_for_it(tokenizer):
+    rendered = render(conversation("same", "same"), tokenizer)
+    (start, end), = rendered.supervised
+    assert rendered.text[start:end] == "same<|im_end|>"
+    assert start > rendered.text.index("assistant")
+
+
+def test_a_reply_without_a_stop_token_is_noted(tokenizer):
+    rendered = render(conversation("hi", "yo", "hi", "yo"), tokenizer, chat_template=OPEN + "{{ m.content }}\n" + CLOSE)
+    assert [(note.turn, note.status) for note in rendered.notes] == [(0, NO_STOP_TOKEN), (1, NO_STOP_TOKEN)]
+
+
+def test_words_that_the_template_leaves_out_are_noted(tokenizer):
+    rendered = render(conversation("hi", "yo"), tokenizer, chat_template=OPEN + "{{ m.content[:1] }}<|im_end|>" + CLOSE)
+    assert [note.status for note in rendered.notes] == [DROPPED]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no {% generation %} blocks"),
+        ("{% generation %}x{% endgeneration %}{{ raise_exception('not like that') }}", "not like that"),
+        ("{% generation %}x", "fails on this conversation"),
+        ("{% generation %}x{% endgeneration %}", "marks 1 replies in a conversation that has 2"),
+    ],
+)
+def test_a_template_that_cannot_serve_is_refused(template, words, tokenizer):
+    with pytest.raises(TemplateError, match=words):
+        render(conversation("a", "b", "c", "d"), tokenizer, chat_template=template)
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(TemplateError, match="the model has no chat template; choose one with chat_template"):
+        render(conversation("hi", "yo"), tokenizer)
+
+
+def test_stop_tokens_are_the_eos_and_those_of_the_generation_config(tokenizer, tmp_path):
+    assert stop_tokens_of(tokenizer) == ["<|im_end|>"]
+    assert stop_tokens_of(tokenizer, [0, 2]) == ["<|im_end|>", "<|endoftext|>"]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    tokenizer.name_or_path = str(tmp_path)
+    assert stop_tokens_of(tokenizer) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_variables_reach_the_template(tokenizer):
+    template = "{% if loud %}LOUD {% endif %}" + OPEN + "{{ m.content }}<|im_end|>" + CLOSE
+    assert render(conversation("hi", "yo"), tokenizer, chat_template=template, loud=True).text.startswith("LOUD user")

@@ -1,0 +1,84 @@
+"""Whatever a person calls a dataset becomes rows that know where they came from."""
+
+import datasets
+import pytest
+
+from lora_sft.data.sources import read_rows
+from lora_sft.errors import DataError
+
+ROW = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def sources(dataset, **options) -> list[str]:
+    return [row.source for row in read_rows(dataset, **options)]
+
+
+def test_a_line_of_jsonl_knows_its_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n\n{"x": 2}\n')
+    assert [(row.value, row.source) for row in read_rows(tmp_path / "a.jsonl")] == [
+        ({"x": 1}, "a.jsonl:1"),
+        ({"x": 2}, "a.jsonl:3"),
+    ]
+
+
+def test_json_holds_a_list_of_rows(tmp_path):
+    (tmp_path / "a.json").write_text('[{"x": 1}, {"x": 2}]')
+    assert sources(tmp_path / "a.json") == ["a.json[1]", "a.json[2]"]
+
+
+def test_values_keep_the_type_that_they_have_in_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": "2024-01-01", "y": "001", "z": 12345678901234567890}\n')
+    assert next(read_rows(tmp_path / "a.jsonl")).value == {"x": "2024-01-01", "y": "001", "z": 12345678901234567890}
+
+
+def test_csv_values_are_the_text_in_the_file(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n001,NA\n2024-01-01,\n")
+    assert [row.value for row in read_rows(tmp_path / "a.csv")] == [{"x": "001", "y": "NA"}, {"x": "2024-01-01", "y": ""}]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"x": 1}\n')
+    assert next(read_rows(tmp_path / "a.jsonl")).value == {"x": 1}
+
+
+def test_a_folder_is_all_its_files(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"x": 2}\n')
+    (tmp_path / "a.json").write_text('[{"x": 1}]')
+    (tmp_path / "notes.txt").write_text("no data")
+    assert sources(tmp_path) == ["a.json[1]", "b.jsonl:1"]
+
+
+def test_parquet_and_datasets_objects_are_read(tmp_path):
+    table = datasets.Dataset.from_list([ROW, ROW])
+    table.to_parquet(tmp_path / "a.parquet")
+    for given in (tmp_path / "a.parquet", table, datasets.DatasetDict({"train": table}), table.to_iterable_dataset(), [ROW, ROW]):
+        assert [row.value for row in read_rows(given)] == [ROW, ROW]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"x": 1}\n{"x": \n', r"a.jsonl:2: no valid JSON at column 7"),
+        ("a.json", b'[\n{"x": 1},\n]', r"a.json:3: no valid JSON"),
+        ("a.json", b'{"x": 1}', r"holds one dict; a .json file holds a list"),
+        ("a.jsonl", b'{"x": "\xff"}', r"byte 7 is not UTF-8"),
+        ("a.parquet", b"nonsense", r"cannot be read"),
+        ("a.txt", b"hello", r"unknown kind of file"),
+    ],
+)
+def test_a_broken_file_is_told_with_its_place(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        list(read_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize("missing", ["missing.jsonl", "./missing", "/missing/folder"])
+def test_a_missing_file_is_told(missing):
+    with pytest.raises(DataError, match="no such file or folder"):
+        list(read_rows(missing))
+
+
+def test_an_unknown_split_is_told():
+    table = datasets.DatasetDict({"train": datasets.Dataset.from_list([ROW])})
+    with pytest.raises(DataError, match="'test' is not among train"):
+        list(read_rows(table, split="test"))
