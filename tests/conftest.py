@@ -1,5 +1,6 @@
 """Tiny random models and conversations that every test may use; no network."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,9 +27,14 @@ def conversation(*turns: str) -> list[dict[str, str]]:
 def sums(count: int) -> list[dict]:
     """Conversations whose replies are of very different lengths."""
     return [
-        {"messages": conversation(f"what is {n} plus {n}?", f"it is {2 * n}. " + "so it is. " * (n * n % 7))}
+        {"messages": conversation(f"what is {n} plus {n}?", f"it is {2 * n}. " + "so it is. " * (n * n % 11))}
         for n in range(count)
     ]
+
+
+def logged(folder: Path) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

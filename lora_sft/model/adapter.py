@@ -43,8 +43,6 @@ def lora_config(config: RunConfig, new_token_ids: Sequence[int], model: "PreTrai
     )
     if config.lora_init == "eva":
         given["eva_config"] = EvaConfig()
-    if given["trainable_token_indices"] and model.config.get_text_config().tie_word_embeddings:
-        given["ensure_weight_tying"] = True
     try:
         return LoraConfig(**(given | config.lora_config))
     except (TypeError, ValueError) as error:
@@ -143,7 +141,8 @@ def attach(model: "PreTrainedModel", settings: "LoraConfig", seed: int) -> "Peft
 
     set_seed(seed)
     try:
-        return get_peft_model(model, settings)
+        # EVA fills the weights itself; until then they need no memory.
+        return get_peft_model(model, settings, low_cpu_mem_usage=settings.init_lora_weights == "eva")
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the adapter cannot be attached: {error}") from None
 

@@ -41,6 +41,7 @@ class OutputFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.close()
             raise OutputError(f"output_dir {self.path}: another run is writing to it; name another folder") from None
         there = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
         if there and not resume:

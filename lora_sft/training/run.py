@@ -48,27 +48,27 @@ def train(
     repeat = job.config.model_copy(update={"resume_from_checkpoint": None})
     folder.write(SETTINGS, to_yaml(repeat, *_how_to_repeat(job)))
     model = _model(job, given_model)
-    start = Start(model, changes_base=job.config.start_changes_base)
     say("trained", describe_trained(model))
 
     metrics = MetricsFile(folder.path / METRICS)
     everyone = [metrics, *listeners]
     held_out = job.evaluation.examples if job.evaluation else []
-    trainer = build_trainer(
-        model, job.speech, job.train.examples, held_out, job.config, job.spec, folder.path, everyone
-    )
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"out of memory on {job.spec.device}: halve per_device_train_batch_size and double "
-            f"gradient_accumulation_steps, or lower max_length ({error})"
-        ) from None
-    finally:
-        for listener in everyone:
-            listener.ended()
-    model.eval()
-    save_adapter(model, job, folder, start)
+    with Start(model, job.config.start_changes_base) as start:
+        trainer = build_trainer(
+            model, job.speech, job.train.examples, held_out, job.config, job.spec, folder.path, everyone
+        )
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"out of memory on {job.spec.device}: halve per_device_train_batch_size and double "
+                f"gradient_accumulation_steps, or lower max_length ({error})"
+            ) from None
+        finally:
+            for listener in everyone:
+                listener.ended()
+        model.eval()
+        save_adapter(model, job, folder, start)
     trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
     return model, _result(trainer, job, folder, metrics, time.perf_counter() - clock)
 

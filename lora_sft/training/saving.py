@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PACKAGES = (
 
 
 class Start:
-    """The adapter before training, kept while starts that change the base weights (PiSSA, OLoRA) are trained.
+    """The adapter before training, kept while a start that changes the base weights (PiSSA, OLoRA) is trained.
 
     With it the trained adapter is saved as a plain LoRA on the unchanged base, which every server reads.
     """
@@ -41,15 +42,22 @@ class Start:
             model.save_pretrained(self._folder.name)
             settings.init_lora_weights = start
 
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._folder:
+            self._folder.cleanup()
+
     def save(self, model: Any, folder: Path) -> None:
         """Writes `adapter_model.safetensors` and `adapter_config.json`."""
-        if self._folder is None:
-            model.save_pretrained(folder, save_embedding_layers=False)
-            return
-        model.save_pretrained(
-            folder, path_initial_model_for_weight_conversion=self._folder.name, save_embedding_layers=False
-        )
-        self._folder.cleanup()
+        options: dict[str, Any] = {"save_embedding_layers": False}
+        if self._folder:
+            options["path_initial_model_for_weight_conversion"] = self._folder.name
+        with warnings.catch_warnings():
+            # PEFT loads the start beside the trained adapter to subtract it, and warns that it does.
+            warnings.filterwarnings("ignore", message=".*changes the base weights of the model")
+            model.save_pretrained(folder, **options)
 
 
 def save_adapter(model: Any, job: Job, folder: OutputFolder, start: Start) -> None:

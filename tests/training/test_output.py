@@ -1,0 +1,61 @@
+"""The output folder: held by one run, refused when it holds something, never half-filled."""
+
+import pytest
+
+from lora_sft.errors import OutputError
+from lora_sft.training.output import OutputFolder
+
+
+def test_a_new_folder_that_stayed_empty_is_removed(tmp_path):
+    OutputFolder(str(tmp_path / "a")).release()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_of_the_user_is_never_removed(tmp_path):
+    (tmp_path / "a").mkdir()
+    OutputFolder(str(tmp_path / "a")).release()
+    assert (tmp_path / "a").is_dir()
+
+
+def test_two_runs_cannot_hold_one_folder(tmp_path):
+    first = OutputFolder(str(tmp_path / "a"))
+    with pytest.raises(OutputError, match="another run is writing to it"):
+        OutputFolder(str(tmp_path / "a"), resume=True)
+    first.release()
+    OutputFolder(str(tmp_path / "a")).release()
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"is in use \(it holds thesis.txt\)"):
+        OutputFolder(str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        OutputFolder(str(tmp_path / "file" / "inside"))
+
+
+def test_files_arrive_together_or_not_at_all(tmp_path):
+    folder = OutputFolder(str(tmp_path / "a"))
+
+    def save(staged):
+        (staged / "one").write_text("1")
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError):
+        folder.fill(save)
+    assert not (folder.path / "one").exists()
+    folder.fill(lambda staged: (staged / "one").write_text("1"))
+    assert (folder.path / "one").read_text() == "1"
+    folder.release()
+
+
+def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    folder = OutputFolder(str(tmp_path / "a"))
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
+        (folder.path / name).mkdir()
+    assert folder.last_checkpoint() == folder.path / "checkpoint-10"
+    folder.release()

@@ -1,0 +1,140 @@
+"""A run can be repeated, resumed and taken elsewhere; its folder tells how it came about."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lora_sft import finetune, load
+from lora_sft.errors import OutputError
+from lora_sft.settings import resolve
+from tests.conftest import FEW, HARBOUR, logged, sums
+
+
+def adapter_bytes(folder) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    return finetune(base, HARBOUR, output_dir=tmp_path_factory.mktemp("runs") / "first", **FEW | {"max_steps": 5, "lora_dropout": 0.1})
+
+
+def test_the_same_run_twice_is_bit_identical_and_run_yaml_gives_it_a_third_time(run, base, tmp_path):
+    again = finetune(base, HARBOUR, output_dir=tmp_path / "again", **FEW | {"max_steps": 5, "lora_dropout": 0.1})
+    third = finetune(config=run.output_dir / "run.yaml", output_dir=tmp_path / "third", listeners=())
+    assert adapter_bytes(run.output_dir) == adapter_bytes(again.output_dir) == adapter_bytes(third.output_dir)
+
+
+def test_another_seed_is_another_adapter(run, base, tmp_path):
+    other = finetune(base, HARBOUR, output_dir=tmp_path / "other", **FEW | {"max_steps": 5, "lora_dropout": 0.1, "seed": 1})
+    assert adapter_bytes(run.output_dir) != adapter_bytes(other.output_dir)
+
+
+def test_the_adapter_loads_in_plain_peft_on_the_plain_base_with_equal_logits(run, base):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(plain, run.output_dir)
+    ids = AutoTokenizer.from_pretrained(run.output_dir)("Who are you?", return_tensors="pt")["input_ids"]
+    # In training mode, without dropout: bitsandbytes repacks weights in eval mode on some CPUs.
+    plain.train()
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(plain(input_ids=ids).logits, run.model(input_ids=ids).logits)
+
+
+def test_the_folder_holds_what_is_promised(run, base):
+    assert {file.name for file in run.output_dir.iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "generation_config.json", "README.md", "trainer_state.json", "run.yaml", "manifest.json", "metrics.jsonl",
+    }  # fmt: skip
+    config = json.loads((run.output_dir / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"], config["revision"]) == (str(base), "CAUSAL_LM", None)
+    manifest = json.loads((run.output_dir / "manifest.json").read_text())
+    assert manifest["base"]["quantization"] == "nf4"
+    assert manifest["base"]["double_quant"] is True
+    assert manifest["data"]["examples"] == 28
+    assert manifest["result"] == run.metrics
+    assert len(logged(run.output_dir)) == 5
+
+
+def test_the_card_says_what_it_is_and_names_no_local_path(run, base):
+    card = (run.output_dir / "README.md").read_text()
+    assert "nf4 with double quantization" in card
+    assert str(base) not in card
+    assert str(run.output_dir) not in card
+
+
+def test_every_setting_is_in_run_yaml_as_resolved(run, base):
+    from lora_sft.settings import read_file
+
+    config = resolve(read_file(run.output_dir / "run.yaml"))
+    assert (config.model_name_or_path, config.dataset, config.max_steps, config.lora_r) == (str(base), str(HARBOUR), 5, 8)
+
+
+def test_no_secret_and_no_pickle_is_left_in_the_folder(run):
+    assert not list(run.output_dir.rglob("*.bin"))
+
+
+def test_a_loaded_model_is_trained_in_place(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    run = finetune(model, sums(4), tokenizer=AutoTokenizer.from_pretrained(base), output_dir=tmp_path / "run", **FEW)
+    assert run.model.get_base_model() is model
+    assert "The conversations were given as objects" in (run.output_dir / "run.yaml").read_text()
+    assert load(run.output_dir).chat("hi", max_new_tokens=3) == run.chat("hi", max_new_tokens=3)
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(base, tmp_path):
+    whole = finetune(base, sums(12), output_dir=tmp_path / "whole", **FEW | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3})
+    settings = FEW | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    folder = tmp_path / "broken"
+
+    class PowerCut:
+        def started(self, total_steps, first_step): ...
+        def logged(self, step, metrics): ...
+        def ended(self): ...
+        def stepped(self, step):
+            if step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(base, sums(12), output_dir=folder, **settings | {"listeners": [PowerCut()]})
+    assert not (folder / "manifest.json").exists()
+    resumed = finetune(base, sums(12), output_dir=folder, resume_from_checkpoint=True, **settings)
+    assert adapter_bytes(resumed.output_dir) == adapter_bytes(whole.output_dir)
+    assert [line["loss"] for line in logged(folder)] == [line["loss"] for line in logged(tmp_path / "whole")]
+
+
+def test_the_best_adapter_is_kept_and_training_stops_early(base, tmp_path):
+    settings = {
+        "max_steps": 40, "eval_dataset": sums(3), "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "early_stopping_patience": 1, "load_best_model_at_end": True, "learning_rate": 0.05,
+    }  # fmt: skip
+    run = finetune(base, HARBOUR, output_dir=tmp_path / "run", **FEW | settings)
+    losses = [line["eval_loss"] for line in logged(run.output_dir) if "eval_loss" in line]
+    assert run.metrics["steps"] < 40
+    assert losses[-1] > losses[-2]
+    assert run.metrics["eval_loss"] == min(losses)
+    best = load_file(sorted(run.output_dir.glob("checkpoint-*"))[0] / "adapter_model.safetensors")
+    kept = load_file(run.output_dir / "adapter_model.safetensors")
+    assert any(
+        all(torch.equal(kept[name], tensor[name]) for name in kept)
+        for tensor in (load_file(folder / "adapter_model.safetensors") for folder in run.output_dir.glob("checkpoint-*"))
+    )
+    assert set(best) == set(kept)
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(run, base):
+    before = {file.name: file.stat().st_mtime_ns for file in run.output_dir.iterdir()}
+    with pytest.raises(OutputError, match="holds a finished run; name another folder"):
+        finetune(base, HARBOUR, output_dir=run.output_dir, **FEW)
+    assert {file.name: file.stat().st_mtime_ns for file in run.output_dir.iterdir()} == before
+
+
+def test_without_an_output_folder_the_next_free_number_is_taken(base, tmp_path):
+    (tmp_path / "runs" / "007").mkdir(parents=True)
+    assert finetune(base, sums(4), **FEW).output_dir == tmp_path / "runs" / "008"
