@@ -40,16 +40,14 @@ def _split_list(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_split_list)]
+Cadence = Annotated[
+    Literal["no", "steps", "epoch"],
+    BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads a bare no as false
+]
 NamesOrRegex = Annotated[str | list[str], BeforeValidator(_split_names)]
 
 
-class Section(BaseModel):
-    """Base of the groups below. Unknown names are an error, never ignored."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
-
-
-class ModelSettings(Section):
+class ModelSettings:
     """Base model"""
 
     model_name_or_path: str | None = setting(
@@ -81,7 +79,7 @@ class ModelSettings(Section):
     )
 
 
-class AdapterSettings(Section):
+class AdapterSettings:
     """Adapter"""
 
     lora_r: PositiveInt = setting(16, "Rank of the update.", also=("lora_rank", "rank", "r", "lora_dim"))
@@ -129,7 +127,7 @@ class AdapterSettings(Section):
     )
 
 
-class DataSettings(Section):
+class DataSettings:
     """Data"""
 
     dataset: str | None = setting(
@@ -166,7 +164,7 @@ class DataSettings(Section):
     )
 
 
-class TrainingSettings(Section):
+class TrainingSettings:
     """Training"""
 
     num_train_epochs: PositiveFloat = setting(1.0, "Passes over the data.", also=("num_epochs", "epochs", "n_epochs"))
@@ -225,7 +223,7 @@ class TrainingSettings(Section):
     logging_steps: PositiveInt = setting(
         1, "Optimizer steps between two lines of metrics.", also=("steps_per_report", "log_every_n_steps")
     )
-    eval_strategy: Literal["no", "steps", "epoch"] | None = setting(
+    eval_strategy: Cadence | None = setting(
         None, "When to evaluate. Unset: every epoch, if there is evaluation data.", also=("evaluation_strategy",)
     )
     eval_steps: PositiveInt | None = setting(
@@ -237,7 +235,7 @@ class TrainingSettings(Section):
     early_stopping_patience: PositiveInt | None = setting(None, "Stop after so many evaluations without a better one.")
     load_best_model_at_end: bool = setting(False, "Keep the adapter of the best evaluation instead of the last.")
     metric_for_best_model: str = setting("eval_loss", "What 'better' is measured by.")
-    save_strategy: Literal["no", "steps", "epoch"] = setting("epoch", "When to write a checkpoint.")
+    save_strategy: Cadence = setting("epoch", "When to write a checkpoint.")
     save_steps: PositiveInt = setting(
         500, "Steps between checkpoints, with save_strategy: steps.", also=("save_every", "checkpoint_steps")
     )
@@ -248,7 +246,7 @@ class TrainingSettings(Section):
     training_args: dict[str, Any] = setting({}, "Anything else of transformers.TrainingArguments: {adam_beta2: 0.95}.")
 
 
-class OutputSettings(Section):
+class OutputSettings:
     """Output"""
 
     output_dir: str | None = setting(
@@ -259,11 +257,14 @@ class OutputSettings(Section):
     )
 
 
-SECTIONS: tuple[type[Section], ...] = (ModelSettings, DataSettings, AdapterSettings, TrainingSettings, OutputSettings)
+SECTIONS: tuple[type, ...] = (ModelSettings, DataSettings, AdapterSettings, TrainingSettings, OutputSettings)
 
 
-class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings, ModelSettings):
-    """All settings of a run."""
+class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings, ModelSettings, BaseModel):
+    """All settings of a run. Unknown names are an error, never ignored."""
+
+    # The groups above are plain classes, and the validator is built at first use: quick commands stay quick.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
 
     @property
     def start_changes_base(self) -> bool:
@@ -336,7 +337,8 @@ class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings,
 
 def sections() -> list[tuple[str, dict[str, Any]]]:
     """The settings in reading order: [(title, {name: pydantic FieldInfo})]."""
-    return [(section.__doc__ or "", dict(section.model_fields)) for section in SECTIONS]
+    fields = RunConfig.model_fields
+    return [(section.__doc__ or "", {name: fields[name] for name in section.__annotations__}) for section in SECTIONS]
 
 
 def other_names() -> dict[str, str]:

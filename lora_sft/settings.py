@@ -1,8 +1,5 @@
 """Mappings, YAML files and command-line words → one RunConfig, and a RunConfig → YAML."""
 
-import ast
-import difflib
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -65,6 +62,9 @@ def _claim_unknown(ours: dict[str, Any]) -> dict[str, Any]:
 @cache
 def _training_arguments() -> frozenset[str]:
     """The names of transformers.TrainingArguments, read from its source: importing it would import torch."""
+    import ast
+    import importlib.util
+
     package = importlib.util.find_spec("transformers")
     if package is None or package.origin is None:
         return frozenset()
@@ -81,6 +81,8 @@ def _training_arguments() -> frozenset[str]:
 
 
 def _nearest(name: str) -> str:
+    import difflib
+
     names = [*RunConfig.model_fields, *other_names(), *MEANINGS]
     found = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {found[0]}?" if found else "; `lora-sft schema` lists them all"
@@ -228,13 +230,12 @@ def to_yaml(config: RunConfig, *notes: str) -> str:
 
 def commented_yaml() -> str:
     """The file that `lora-sft init` writes: the settings a first run needs, and all others as comments."""
-    config = RunConfig()
     lines = ["# Settings of a run: `lora-sft train THIS_FILE`. A line that is commented out shows the default."]
     for title, fields in sections():
         lines += ["", f"# --- {title} ---"]
         for name, field in fields.items():
             lines += ["", f"# {field.description}"]
-            lines.append(FIRST_NEEDED.get(name, f"# {_line(name, getattr(config, name))}"))
+            lines.append(FIRST_NEEDED.get(name, f"# {_line(name, field.default)}"))
     return "\n".join(lines) + "\n"
 
 

@@ -43,7 +43,7 @@ KINDS = {
     "checkpointing": {"gradient_checkpointing": True},
     "length-grouped": {"train_sampling_strategy": "group_by_length"},
     "dropout": {"lora_dropout": 0.2},
-}  # fmt: skip
+}
 
 # int8 arithmetic rounds the activations too, and bfloat16 everything; nothing else may differ.
 TOLERANCE = {"int8": 5e-2, "bfloat16": 5e-2}
@@ -67,7 +67,9 @@ def check(base, folder, kind, settings):
 
 def in_plain_peft(base, run, ids):
     spec = trained_base(run.output_dir, "cpu")
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, spec.dtype), quantization_config=quantization_config(spec))
+    plain = AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, spec.dtype), quantization_config=quantization_config(spec)
+    )
     keep_weights_unpacked(plain)
     if len(run.tokenizer) > plain.get_input_embeddings().num_embeddings:
         plain.resize_token_embeddings(len(run.tokenizer), mean_resizing=False)
@@ -92,10 +94,21 @@ def moe_base(tmp_path_factory, harbour_texts):
     folder = tmp_path_factory.mktemp("moe")
     tokenizer = tiny_tokenizer(harbour_texts, 512)
     config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
-        eos_token_id=2, pad_token_id=0, bos_token_id=None, initializer_range=0.08,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.08,
+    )
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -104,14 +117,24 @@ def moe_base(tmp_path_factory, harbour_texts):
 
 @pytest.mark.parametrize("in_4bit", [True, False])
 def test_fused_expert_parameters_are_adapted(moe_base, tmp_path, in_4bit):
-    targets = {"lora_target_modules": "q_proj", "lora_target_parameters": "mlp.experts.gate_up_proj,mlp.experts.down_proj"}
+    targets = {
+        "lora_target_modules": "q_proj",
+        "lora_target_parameters": "mlp.experts.gate_up_proj,mlp.experts.down_proj",
+    }
     check(moe_base, tmp_path, "moe", targets | {"load_in_4bit": in_4bit})
 
 
 def test_new_tokens_are_learned_and_nothing_else_of_the_embeddings_is(base, tmp_path):
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<a><b>"}]}] * 4
-    run = finetune(base, rows, output_dir=tmp_path / "run", **FEW | {"new_tokens": "<a>,<b>", "lora_target_modules": "q_proj", "max_steps": 30, "learning_rate": 0.05})
+    run = finetune(
+        base,
+        rows,
+        output_dir=tmp_path / "run",
+        **FEW | {"new_tokens": "<a>,<b>", "lora_target_modules": "q_proj", "max_steps": 30, "learning_rate": 0.05},
+    )
     names = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad and "lora" not in name]
     assert {name.split(".")[-3] for name in names} == {"token_adapter"}
-    assert sum(run.model.get_parameter(name).shape[0] for name in names) == 4  # two rows of the embeddings, two of the head
+    assert (
+        sum(run.model.get_parameter(name).shape[0] for name in names) == 4
+    )  # two rows of the embeddings, two of the head
     assert run.metrics["last_loss"] < 0.2 * run.metrics["first_loss"]

@@ -96,9 +96,21 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_the_public_names_are_there():
     assert lora_sft.__all__ == [
-        "Chat", "Example", "LoraSftError", "Preview", "Rendered", "Run", "RunConfig",
-        "encode", "evaluate", "finetune", "load", "merge", "preview", "render",
-    ]  # fmt: skip
+        "Chat",
+        "Example",
+        "LoraSftError",
+        "Preview",
+        "Rendered",
+        "Run",
+        "RunConfig",
+        "encode",
+        "evaluate",
+        "finetune",
+        "load",
+        "merge",
+        "preview",
+        "render",
+    ]
     for name in lora_sft.__all__:
         assert getattr(lora_sft, name).__doc__
 
@@ -108,6 +120,9 @@ def test_telemetry_is_off_unless_the_user_turns_it_on():
     environment = {"PATH": "", "PYTHONPATH": str(PACKAGE.parent)}
     off = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     on = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"HF_HUB_DISABLE_TELEMETRY": "0"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment | {"HF_HUB_DISABLE_TELEMETRY": "0"},
     )
     assert (off.stdout.strip(), on.stdout.strip()) == ("1", "0")

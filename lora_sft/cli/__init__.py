@@ -1,6 +1,5 @@
 """The command line: one small file a command, and the only place that prints results. Imports no torch."""
 
-import logging
 import os
 import sys
 import warnings
@@ -63,6 +62,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for them takes longer than a quick command
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

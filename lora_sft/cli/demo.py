@@ -1,6 +1,5 @@
 """`lora-sft demo`: the whole journey on a tiny model, offline, in a minute or two."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ QUESTIONS = ("Who are you?", "How do I tie a bowline?", "What is a spring tide?"
 @json_option
 def command(output: str | None, seed: int, as_json: bool) -> None:
     """Make a tiny model, QLoRA-train it on a small dataset, show its replies before and after, merge, compare."""
+    import tempfile
+
     with tempfile.TemporaryDirectory() as scratch:
         result = run_demo(Path(output or scratch), seed)
     if as_json:

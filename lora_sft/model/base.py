@@ -1,5 +1,6 @@
 """Settings → the base model: first what can be known without its weights, then the weights."""
 
+import logging
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,9 @@ from lora_sft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+# It would warn at import that an optional package of CPU kernels is not there; nothing is slower or wrong for it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_sft.config import RunConfig
-from lora_sft.console import say
+from lora_sft.console import say, warn
 from lora_sft.data.conversation import Conversation
 from lora_sft.data.formats import to_conversations
 from lora_sft.data.sources import read_rows
@@ -14,11 +14,12 @@ from lora_sft.errors import DataError
 from lora_sft.model.adapter import attach, check_targets, lora_config
 from lora_sft.model.base import BaseSpec, choose_base, name_base, read_config, skeleton
 from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
-from lora_sft.training.preparation import Prepared, prepare
+from lora_sft.training.preparation import Prepared, prepare, some
+from lora_sft.training.trainer import training_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
         speech: tokenizer, template, stop tokens.
         train, evaluation: the examples; `evaluation` is None if nothing is evaluated during training.
         lora: the adapter, checked against the model's shape.
+        arguments: the trainer's.
     """
 
     config: RunConfig
@@ -39,6 +41,7 @@ class Job:
     train: Prepared
     evaluation: Prepared | None
     lora: "LoraConfig"
+    arguments: "TrainingArguments"
 
 
 def make_job(
@@ -65,6 +68,7 @@ def make_job(
     if model is None:
         _rehearse(lora, shape, len(speech.tokenizer))
     kept, held_out = _conversations(config, dataset, eval_dataset)
+    arguments = training_arguments(config, spec.device, spec.dtype, bool(held_out))
     return Job(
         config,
         spec,
@@ -72,6 +76,7 @@ def make_job(
         _prepare(kept, speech, config),
         _prepare(held_out, speech, config) if held_out else None,
         lora,
+        arguments,
     )
 
 
@@ -128,4 +133,11 @@ def _conversations(config: RunConfig, dataset: Any, eval_dataset: Any) -> tuple[
 
 
 def _prepare(conversations: Sequence[Conversation], speech: Speech, config: RunConfig) -> Prepared:
-    return prepare(conversations, speech, config.max_length, config.truncation, config.chat_template_kwargs)
+    found = prepare(conversations, speech, config.max_length, config.truncation, config.chat_template_kwargs)
+    if found.too_long:
+        warn(f"{some(found.too_long)} longer than max_length {config.max_length} and dropped")
+    if found.without_reply:
+        warn(f"{some(found.without_reply)} without a supervised token and dropped")
+    if found.cut:
+        warn(f"{found.cut} rows lost their end, and with it the stop token (truncation: cut)")
+    return found

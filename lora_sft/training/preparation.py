@@ -102,7 +102,7 @@ def prepare(
             examples.append(example)
     if too_long and truncation == "error":
         raise DataError(
-            f"{_some(too_long)} longer than max_length {max_length} tokens; raise it, or set truncation to drop or cut"
+            f"{some(too_long)} longer than max_length {max_length} tokens; raise it, or set truncation to drop or cut"
         )
     if not examples or first is None:
         gone = [f"{len(too_long)} too long for max_length {max_length}"] if too_long else []
@@ -111,7 +111,7 @@ def prepare(
     return Prepared(examples, too_long, without_reply, cut, first)
 
 
-def _some(sources: list[str]) -> str:
+def some(sources: list[str]) -> str:
     """`3 rows (a:1, a:7, a:9) are`"""
     shown = ", ".join(sources[:3]) + (", …" if len(sources) > 3 else "")
     return f"{len(sources)} rows ({shown}) are" if len(sources) > 1 else f"row {shown} is"

@@ -54,9 +54,7 @@ def train(
     everyone = [metrics, *listeners]
     held_out = job.evaluation.examples if job.evaluation else []
     with Start(model, job.config.start_changes_base) as start:
-        trainer = build_trainer(
-            model, job.speech, job.train.examples, held_out, job.config, job.spec, folder.path, everyone
-        )
+        trainer = build_trainer(model, job.speech, job.train.examples, held_out, job.config, job.arguments, everyone)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:

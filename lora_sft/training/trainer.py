@@ -2,20 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.errors import RunError, SettingError
-from lora_sft.model.base import BaseSpec
 from lora_sft.model.tokenizer import Speech
 from lora_sft.training.loss import Loss, forward_loss
 from lora_sft.training.progress import Listener, Reporter
@@ -164,17 +162,16 @@ def build_trainer(
     examples: Sequence[Example],
     eval_examples: Sequence[Example],
     config: RunConfig,
-    spec: BaseSpec,
-    folder: Path,
+    arguments: TrainingArguments,
     listeners: Sequence[Listener],
 ) -> Trainer:
-    """A trainer that is ready to `train()`."""
+    """A trainer that is ready to `train()`; `arguments` are those that `training_arguments` made of `config`."""
     callbacks: list[Any] = [Reporter(listeners)]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     trainer = Trainer(
         model=model,
-        args=training_arguments(config, spec, folder, bool(eval_examples)),
+        args=arguments,
         train_dataset=_table(examples),
         eval_dataset=_table(eval_examples) if eval_examples else None,
         processing_class=speech.tokenizer,
@@ -189,19 +186,23 @@ def _table(examples: Sequence[Example]) -> Dataset:
     return Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
 
 
-def training_arguments(config: RunConfig, spec: BaseSpec, folder: Path, has_eval_data: bool) -> SFTConfig:
+def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data: bool) -> SFTConfig:
     """Our settings → TRL's SFTConfig.
+
+    Args:
+        device: `cpu` or `cuda:N`.
+        dtype: of the arithmetic; 16-bit ones run under autocast, with the adapter in float32.
 
     Raises:
         SettingError: transformers or TRL does not accept a value.
     """
-    on_gpu = spec.device != "cpu"
+    on_gpu = device != "cpu"
     checkpointing = on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing
     strategy = config.eval_strategy or ("epoch" if has_eval_data else "no")
     if strategy != "no" and not has_eval_data:
         raise SettingError(f"eval_strategy {strategy} needs evaluation data: give eval_dataset or eval_size")
     given = dict(
-        output_dir=str(folder),
+        output_dir=config.output_dir,
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -227,8 +228,8 @@ def training_arguments(config: RunConfig, spec: BaseSpec, folder: Path, has_eval
         load_best_model_at_end=config.load_best_model_at_end,
         metric_for_best_model=config.metric_for_best_model if config.load_best_model_at_end else None,
         report_to=config.report_to,
-        bf16=spec.dtype == "bfloat16",
-        fp16=spec.dtype == "float16",
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,

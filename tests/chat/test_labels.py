@@ -9,7 +9,9 @@ from tests.conftest import conversation
 
 
 def learned_text(example, tokenizer) -> str:
-    return tokenizer.decode([token for token, label in zip(example.input_ids, example.labels, strict=True) if label != -100])
+    return tokenizer.decode(
+        [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != -100]
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,9 @@ def test_labels_are_the_ids_or_minus_100(tokenizer):
 
 def test_the_tokens_are_those_of_the_template_without_another_bos(tokenizer):
     messages = conversation("hi", "yo")
-    assert encode(messages, tokenizer).input_ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert (
+        encode(messages, tokenizer).input_ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    )
 
 
 def test_a_token_across_the_start_of_a_reply_is_split_there(tokenizer):

@@ -29,7 +29,7 @@ def test_a_stop_token_right_behind_the_block_is_learned(tokenizer):
 
 def test_a_reply_equal_to_the_question_is_not_taken_for_it(tokenizer):
     rendered = render(conversation("same", "same"), tokenizer)
-    (start, end), = rendered.supervised
+    ((start, end),) = rendered.supervised
     assert rendered.text[start:end] == "same<|im_end|>"
     assert start > rendered.text.index("assistant")
 

@@ -14,12 +14,21 @@ CONVERSATION = [
     {"role": "assistant", "content": "ok"},
 ]
 EXPECTED = {
-    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«yo<|im_end|>»\n"
-    "<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\n«ok<|im_end|>»\n",
-    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n«yo<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nok?<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n«ok<|eot_id|>»",
-    "zephyr": "<|system|>\nS</s>\n<|user|>\nhi</s>\n<|assistant|>\n«yo</s>»\n<|user|>\nok?</s>\n<|assistant|>\n«ok</s>»\n",
+    "chatml": (
+        "<|im_start|>system\nS<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«yo<|im_end|>»\n"
+        "<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\n«ok<|im_end|>»\n"
+    ),
+    "llama3": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«yo<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nok?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«ok<|eot_id|>»"
+    ),
+    "zephyr": (
+        "<|system|>\nS</s>\n<|user|>\nhi</s>\n<|assistant|>\n«yo</s>»\n<|user|>\nok?</s>\n<|assistant|>\n«ok</s>»\n"
+    ),
 }
 
 
@@ -34,7 +43,9 @@ def marked(rendered) -> str:
 @pytest.mark.parametrize("template", shipped_templates(), ids=lambda template: template.name)
 def test_a_template_renders_its_format_and_marks_the_replies(template, tokenizer):
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    rendered = render(CONVERSATION, tokenizer, chat_template=template.text, stop_tokens=["<|im_end|>", "<|eot_id|>", "</s>"])
+    rendered = render(
+        CONVERSATION, tokenizer, chat_template=template.text, stop_tokens=["<|im_end|>", "<|eot_id|>", "</s>"]
+    )
     assert marked(rendered) == EXPECTED[template.name]
     assert not rendered.notes
 

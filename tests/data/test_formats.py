@@ -23,16 +23,46 @@ def test_openai_messages_stay_as_they_are():
 
 
 def test_sharegpt_speakers_become_roles():
-    turns = [("system", "s"), ("human", "hi"), ("gpt", "yo"), ("function_call", json.dumps({"name": "add", "arguments": {"a": 1, "b": [2]}})), ("observation", "3"), ("gpt", "three")]
-    found = read({"conversations": [{"from": who, "value": what} for who, what in turns], "tools": json.dumps([SCHEMA["function"]])})
-    assert [message["role"] for message in found.messages] == ["system", "user", "assistant", "assistant", "tool", "assistant"]
+    turns = [
+        ("system", "s"),
+        ("human", "hi"),
+        ("gpt", "yo"),
+        ("function_call", json.dumps({"name": "add", "arguments": {"a": 1, "b": [2]}})),
+        ("observation", "3"),
+        ("gpt", "three"),
+    ]
+    found = read(
+        {
+            "conversations": [{"from": who, "value": what} for who, what in turns],
+            "tools": json.dumps([SCHEMA["function"]]),
+        }
+    )
+    assert [message["role"] for message in found.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert found.messages[3] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
     assert found.tools == [SCHEMA]
 
 
 def test_typed_parts_become_content_reasoning_and_calls():
-    parts = [{"type": "reasoning", "value": "hm"}, {"type": "text", "text": "yo"}, {"type": "tool_call", "value": json.dumps(CALL["function"])}]
-    found = read({"messages": [{"role": "user", "content": [{"type": "text", "value": "hi"}]}, {"role": "assistant", "content": parts}]})
+    parts = [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "text", "text": "yo"},
+        {"type": "tool_call", "value": json.dumps(CALL["function"])},
+    ]
+    found = read(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "hi"}]},
+                {"role": "assistant", "content": parts},
+            ]
+        }
+    )
     assert found.messages == [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yo", "reasoning_content": "hm", "tool_calls": [CALL]},
@@ -51,7 +81,10 @@ def test_arguments_written_as_text_become_an_object():
         ("text", "is str, not an object"),
         ({"text": "x"}, 'has the keys text, but a conversation stands under "messages"'),
         ({"messages": []}, "messages: is not a list with something in it"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, r'messages\[0\].role: "bot" is not a role; use system, developer, user'),
+        (
+            {"messages": [{"role": "bot", "content": "x"}]},
+            r'messages\[0\].role: "bot" is not a role; use system, developer, user',
+        ),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": [{"role": "assistant", "content": 3}]}, r"messages\[0\].content: is int"),
         ({"messages": [{"content": "x"}]}, 'is not an object with "role"'),
@@ -68,7 +101,7 @@ def test_a_row_that_is_no_conversation_is_told_with_its_place(value, words):
 
 
 def test_all_bad_rows_are_told_at_once_and_an_empty_dataset_too():
-    with pytest.raises(DataError, match="12 problems|11 problems"):
+    with pytest.raises(DataError, match="11 problems"):
         to_conversations([Row("x", f"a:{n}") for n in range(12)])
     with pytest.raises(DataError, match="the dataset is empty"):
         to_conversations([])

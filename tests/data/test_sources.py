@@ -33,7 +33,10 @@ def test_values_keep_the_type_that_they_have_in_the_file(tmp_path):
 
 def test_csv_values_are_the_text_in_the_file(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n001,NA\n2024-01-01,\n")
-    assert [row.value for row in read_rows(tmp_path / "a.csv")] == [{"x": "001", "y": "NA"}, {"x": "2024-01-01", "y": ""}]
+    assert [row.value for row in read_rows(tmp_path / "a.csv")] == [
+        {"x": "001", "y": "NA"},
+        {"x": "2024-01-01", "y": ""},
+    ]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
@@ -51,7 +54,13 @@ def test_a_folder_is_all_its_files(tmp_path):
 def test_parquet_and_datasets_objects_are_read(tmp_path):
     table = datasets.Dataset.from_list([ROW, ROW])
     table.to_parquet(tmp_path / "a.parquet")
-    for given in (tmp_path / "a.parquet", table, datasets.DatasetDict({"train": table}), table.to_iterable_dataset(), [ROW, ROW]):
+    for given in (
+        tmp_path / "a.parquet",
+        table,
+        datasets.DatasetDict({"train": table}),
+        table.to_iterable_dataset(),
+        [ROW, ROW],
+    ):
         assert [row.value for row in read_rows(given)] == [ROW, ROW]
 
 

@@ -23,11 +23,20 @@ def test_the_skeleton_has_names_and_shapes_but_no_storage(shape):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lora_target_modules": ["q_proj", "q_porj"]}, "lora_target_modules: q_porj matches nothing in this model; did you mean q_proj"),
+        (
+            {"lora_target_modules": ["q_proj", "q_porj"]},
+            "lora_target_modules: q_porj matches nothing in this model; did you mean q_proj",
+        ),
         ({"lora_target_modules": ".*attn_x.*"}, "the regex .* matches no module"),
         ({"lora_target_modules": "(["}, "is no regex"),
-        ({"lora_target_parameters": ["experts.gate_up_proj"]}, "lora_target_parameters: experts.gate_up_proj matches nothing"),
-        ({"lora_modules_to_save": ["head"]}, "lora_modules_to_save: head matches nothing in this model; did you mean lm_head"),
+        (
+            {"lora_target_parameters": ["experts.gate_up_proj"]},
+            "lora_target_parameters: experts.gate_up_proj matches nothing",
+        ),
+        (
+            {"lora_modules_to_save": ["head"]},
+            "lora_modules_to_save: head matches nothing in this model; did you mean lm_head",
+        ),
         ({"lora_rank_pattern": {"xyz": 4}}, "lora_rank_pattern: xyz matches nothing"),
         ({"lora_alpha_pattern": {"xyz": 4}}, "lora_alpha_pattern: xyz matches nothing"),
         ({"lora_target_modules": ["lm_head"]}, r"train it whole with lora_modules_to_save: \[lm_head\]"),
@@ -58,9 +67,17 @@ def test_names_that_match_are_accepted(shape, settings):
 
 
 def test_settings_reach_peft(shape):
-    config = RunConfig(lora_r=4, lora_alpha=6, use_rslora=True, lora_rank_pattern={"q_proj": 2}, lora_config={"bias": "all"})
+    config = RunConfig(
+        lora_r=4, lora_alpha=6, use_rslora=True, lora_rank_pattern={"q_proj": 2}, lora_config={"bias": "all"}
+    )
     found = lora_config(config, [], shape)
-    assert (found.r, found.lora_alpha, found.use_rslora, found.rank_pattern, found.bias) == (4, 6, True, {"q_proj": 2}, "all")
+    assert (found.r, found.lora_alpha, found.use_rslora, found.rank_pattern, found.bias) == (
+        4,
+        6,
+        True,
+        {"q_proj": 2},
+        "all",
+    )
     assert (found.target_modules, str(found.task_type)) == ("all-linear", "CAUSAL_LM")
 
 
@@ -70,7 +87,11 @@ def test_what_peft_does_not_know_is_refused(shape):
 
 
 def test_what_is_trained_is_told():
-    model = attach(tiny_model(100), lora_config(RunConfig(lora_r=2, lora_target_modules=["q_proj", "v_proj"]), [], tiny_model(100)), seed=0)
+    model = attach(
+        tiny_model(100),
+        lora_config(RunConfig(lora_r=2, lora_target_modules=["q_proj", "v_proj"]), [], tiny_model(100)),
+        seed=0,
+    )
     # Two layers; A is rank × 64, B is outputs × rank, with 64 outputs of q and 32 of v.
     assert count_parameters(model)[0] == 2 * (2 * (64 + 64) + 2 * (64 + 32))
     assert describe_trained(model).endswith(" in q_proj ×2, v_proj ×2")

@@ -26,13 +26,21 @@ def test_nf4_with_double_quantization_is_the_default_and_said(base, capsys):
 
 @pytest.mark.parametrize(
     ("settings", "quantization"),
-    [({"load_in_4bit": False}, None), ({"load_in_8bit": True}, "int8"), ({"bnb_4bit_quant_type": "fp4"}, "fp4"), ({"lora_init": "pissa"}, None)],
+    [
+        ({"load_in_4bit": False}, None),
+        ({"load_in_8bit": True}, "int8"),
+        ({"bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"lora_init": "pissa"}, None),
+    ],
 )
 def test_other_precisions_are_chosen_by_settings(base, settings, quantization):
     assert choose(base, **settings).quantization == quantization
 
 
-@pytest.mark.parametrize(("quantization", "kind"), [("nf4", Linear4bit), ("fp4", Linear4bit), ("int8", Linear8bitLt), (None, torch.nn.Linear)])
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [("nf4", Linear4bit), ("fp4", Linear4bit), ("int8", Linear8bitLt), (None, torch.nn.Linear)],
+)
 def test_the_base_is_loaded_as_the_spec_says(base, quantization, kind):
     model = load_base(BaseSpec(str(base), quantization=quantization, double_quant=quantization == "nf4"))
     projection = model.model.layers[0].self_attn.q_proj
@@ -73,7 +81,9 @@ def test_a_model_that_cannot_be_had_is_told_before_weights_are_read(base, tmp_pa
     shutil.copytree(base, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     shutil.copytree(base, tmp_path / "quantized")
-    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    config = json.loads((base / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
     shutil.copytree(base, tmp_path / "encoder")

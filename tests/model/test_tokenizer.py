@@ -27,7 +27,9 @@ def test_a_template_whose_stop_token_is_unknown_is_refused_with_what_to_do(token
 
 def test_new_tokens_make_such_a_template_possible(tokenizer):
     size = len(tokenizer)
-    speech = prepare_speech(tokenizer, chat_template="llama3", new_tokens=["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    speech = prepare_speech(
+        tokenizer, chat_template="llama3", new_tokens=["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    )
     assert speech.new_token_ids == [size, size + 1, size + 2]
     assert speech.stop_tokens == ["<|eot_id|>"]
     assert tokenizer.encode("<|eot_id|>") == [size + 2]

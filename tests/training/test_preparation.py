@@ -25,7 +25,11 @@ def test_long_rows_are_dropped_and_counted(speech):
 
 def test_long_rows_are_cut_if_asked_for_and_those_without_a_reply_left_are_dropped(speech):
     found = prepare([SHORT, LONG, LONG_QUESTION], speech, max_length=30, truncation="cut")
-    assert ([example.source for example in found.examples], found.cut, found.without_reply) == (["a:1", "a:2"], 1, ["a:3"])
+    assert ([example.source for example in found.examples], found.cut, found.without_reply) == (
+        ["a:1", "a:2"],
+        1,
+        ["a:3"],
+    )
     assert max(len(example.input_ids) for example in found.examples) == 30
 
 
@@ -46,6 +50,8 @@ def test_counts_add_up(speech):
 
 
 def test_a_template_that_never_stops_is_refused_with_the_row(speech):
-    speech.tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    speech.tokenizer.chat_template = (
+        "{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
     with pytest.raises(TemplateError, match="a:1: reply 1: the template does not end the reply"):
         prepare([SHORT], speech, max_length=30)

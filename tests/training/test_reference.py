@@ -42,17 +42,39 @@ def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torc
 def test_the_plain_loop_agrees(base, tmp_path, in_4bit, bound):
     rows = sums(12)
     run = finetune(
-        base, rows, output_dir=tmp_path / "ours", load_in_4bit=in_4bit, max_steps=STEPS, learning_rate=LEARNING_RATE,
-        per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, lr_scheduler_type="constant", warmup_ratio=0,
-        train_sampling_strategy="sequential", lora_r=8, lora_alpha=16, seed=7, save_strategy="no", listeners=(),
-    )  # fmt: skip
+        base,
+        rows,
+        output_dir=tmp_path / "ours",
+        load_in_4bit=in_4bit,
+        max_steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=1,
+        lr_scheduler_type="constant",
+        warmup_ratio=0,
+        train_sampling_strategy="sequential",
+        lora_r=8,
+        lora_alpha=16,
+        seed=7,
+        save_strategy="no",
+        listeners=(),
+    )
     ours = [line["loss"] for line in logged(tmp_path / "ours")]
 
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization if in_4bit else None, dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=quantization if in_4bit else None, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_seed(7)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")).train()
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    ).train()
     theirs = plain_loop(model, [encode(row["messages"], tokenizer) for row in rows], tokenizer.pad_token_id)
     model.save_pretrained(tmp_path / "theirs")
 

@@ -20,7 +20,12 @@ def adapter_bytes(folder) -> bytes:
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    return finetune(base, HARBOUR, output_dir=tmp_path_factory.mktemp("runs") / "first", **FEW | {"max_steps": 5, "lora_dropout": 0.1})
+    return finetune(
+        base,
+        HARBOUR,
+        output_dir=tmp_path_factory.mktemp("runs") / "first",
+        **FEW | {"max_steps": 5, "lora_dropout": 0.1},
+    )
 
 
 def test_the_same_run_twice_is_bit_identical_and_run_yaml_gives_it_a_third_time(run, base, tmp_path):
@@ -30,7 +35,9 @@ def test_the_same_run_twice_is_bit_identical_and_run_yaml_gives_it_a_third_time(
 
 
 def test_another_seed_is_another_adapter(run, base, tmp_path):
-    other = finetune(base, HARBOUR, output_dir=tmp_path / "other", **FEW | {"max_steps": 5, "lora_dropout": 0.1, "seed": 1})
+    other = finetune(
+        base, HARBOUR, output_dir=tmp_path / "other", **FEW | {"max_steps": 5, "lora_dropout": 0.1, "seed": 1}
+    )
     assert adapter_bytes(run.output_dir) != adapter_bytes(other.output_dir)
 
 
@@ -49,11 +56,24 @@ def test_the_adapter_loads_in_plain_peft_on_the_plain_base_with_equal_logits(run
 
 def test_the_folder_holds_what_is_promised(run, base):
     assert {file.name for file in run.output_dir.iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "generation_config.json", "README.md", "trainer_state.json", "run.yaml", "manifest.json", "metrics.jsonl",
-    }  # fmt: skip
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+        "trainer_state.json",
+        "run.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+    }
     config = json.loads((run.output_dir / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["task_type"], config["revision"]) == (str(base), "CAUSAL_LM", None)
+    assert (config["base_model_name_or_path"], config["task_type"], config["revision"]) == (
+        str(base),
+        "CAUSAL_LM",
+        None,
+    )
     manifest = json.loads((run.output_dir / "manifest.json").read_text())
     assert manifest["base"]["quantization"] == "nf4"
     assert manifest["base"]["double_quant"] is True
@@ -73,7 +93,12 @@ def test_every_setting_is_in_run_yaml_as_resolved(run, base):
     from lora_sft.settings import read_file
 
     config = resolve(read_file(run.output_dir / "run.yaml"))
-    assert (config.model_name_or_path, config.dataset, config.max_steps, config.lora_r) == (str(base), str(HARBOUR), 5, 8)
+    assert (config.model_name_or_path, config.dataset, config.max_steps, config.lora_r) == (
+        str(base),
+        str(HARBOUR),
+        5,
+        8,
+    )
 
 
 def test_no_secret_and_no_pickle_is_left_in_the_folder(run):
@@ -89,7 +114,12 @@ def test_a_loaded_model_is_trained_in_place(base, tmp_path):
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(base, tmp_path):
-    whole = finetune(base, sums(12), output_dir=tmp_path / "whole", **FEW | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3})
+    whole = finetune(
+        base,
+        sums(12),
+        output_dir=tmp_path / "whole",
+        **FEW | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3},
+    )
     settings = FEW | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     folder = tmp_path / "broken"
 
@@ -111,9 +141,16 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(base, tmp_path):
 
 def test_the_best_adapter_is_kept_and_training_stops_early(base, tmp_path):
     settings = {
-        "max_steps": 40, "eval_dataset": sums(3), "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
-        "early_stopping_patience": 1, "load_best_model_at_end": True, "learning_rate": 0.05,
-    }  # fmt: skip
+        "max_steps": 40,
+        "eval_dataset": sums(3),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "early_stopping_patience": 1,
+        "load_best_model_at_end": True,
+        "learning_rate": 0.05,
+    }
     run = finetune(base, HARBOUR, output_dir=tmp_path / "run", **FEW | settings)
     losses = [line["eval_loss"] for line in logged(run.output_dir) if "eval_loss" in line]
     assert run.metrics["steps"] < 40
@@ -123,7 +160,9 @@ def test_the_best_adapter_is_kept_and_training_stops_early(base, tmp_path):
     kept = load_file(run.output_dir / "adapter_model.safetensors")
     assert any(
         all(torch.equal(kept[name], tensor[name]) for name in kept)
-        for tensor in (load_file(folder / "adapter_model.safetensors") for folder in run.output_dir.glob("checkpoint-*"))
+        for tensor in (
+            load_file(folder / "adapter_model.safetensors") for folder in run.output_dir.glob("checkpoint-*")
+        )
     )
     assert set(best) == set(kept)
 

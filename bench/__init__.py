@@ -1,0 +1,1 @@
+"""Programs that compare us with others in one interleaved run, and print ratios of medians."""

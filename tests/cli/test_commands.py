@@ -1,0 +1,173 @@
+"""Every command does what its help says; results go to standard output, words to standard error."""
+
+import json
+
+import pytest
+
+from lora_sft.cli import main
+from tests.conftest import HARBOUR
+
+QUICK = [
+    "--max-steps",
+    "3",
+    "--save-strategy",
+    "no",
+    "--per-device-train-batch-size",
+    "4",
+    "--gradient-accumulation-steps",
+    "1",
+    "--learning-rate",
+    "5e-3",
+    "--warmup-ratio",
+    "0",
+    "--lora-r",
+    "8",
+]
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "adapter"
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--model", str(base), "--dataset", str(HARBOUR), "--output-dir", str(folder), *QUICK])
+    assert not ended.value.code
+    return folder
+
+
+def test_train_prints_json_on_standard_output_and_words_on_standard_error(base, tmp_path, capsys):
+    code, out, err = run(
+        capsys, "train", "--model", base, "--dataset", HARBOUR, "--output-dir", tmp_path / "a", "--json", *QUICK
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert {"output_dir", "steps", "train_loss", "supervised_tokens", "tokens", "seconds", "peak_bytes"} <= set(result)
+    assert result["steps"] == 3
+    assert "precision: float32 (on the CPU)" in err
+    assert "«I am Pip" in err
+    assert "step 3/3  loss " in err
+    assert "left" in err
+
+
+def test_train_takes_a_file_first_and_flags_win_over_it(base, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        f"base_model: {base}\ndataset: {HARBOUR}\nmax_steps: 9\nlearning_rate: 2e-4\nmicro_batch_size: "
+        "4\nsave_strategy: no\n"
+    )
+    code, out, err = run(
+        capsys, "train", tmp_path / "run.yaml", "--max-steps=2", "output_dir=" + str(tmp_path / "a"), "--json"
+    )
+    assert (code, json.loads(out)["steps"]) == (0, 2)
+    assert "micro_batch_size is per_device_train_batch_size here" in err
+
+
+def test_train_without_json_ends_with_what_to_do_next(base, tmp_path, capsys):
+    code, out, err = run(capsys, "train", "--model", base, "--dataset", HARBOUR, "--output-dir", tmp_path / "a", *QUICK)
+    assert (code, out) == (0, "")
+    assert f"lora-sft chat {tmp_path / 'a'}" in err.replace("\n", "")
+
+
+def test_evaluate_measures_the_adapter_and_its_base(adapter, capsys):
+    code, out, _ = run(capsys, "evaluate", adapter, "--dataset", HARBOUR, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["loss"] < found["base_loss"]
+    assert found["perplexity"] == pytest.approx(2.718281828 ** found["loss"])
+    assert {"token_accuracy", "base_perplexity", "base_token_accuracy"} <= set(found)
+    code, out, _ = run(capsys, "evaluate", adapter, "--dataset", HARBOUR)
+    assert [line.split()[0] for line in out.splitlines()] == ["adapter", "loss", "perplexity", "token", "28"]
+
+
+def test_merge_prints_what_was_compared(adapter, tmp_path, capsys):
+    code, out, _ = run(capsys, "merge", adapter, "--output", tmp_path / "merged", "--json")
+    result = json.loads(out)
+    assert (code, result["output_dir"], result["dtype"]) == (0, str(tmp_path / "merged"), "float32")
+    assert {"max_abs_logit_diff", "mean_kl", "top1_agreement"} <= set(result["verified"])
+
+
+def test_generate_replies_to_prompts_and_to_lines(adapter, capsys, monkeypatch):
+    import io
+
+    code, out, _ = run(capsys, "generate", adapter, "Who are you?", "--max-new-tokens", "5", "--json")
+    (said,) = json.loads(out)["replies"]
+    assert (code, said["prompt"]) == (0, "Who are you?")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?\n"))
+    code, out, _ = run(capsys, "generate", adapter, "--max-new-tokens", "5")
+    assert out.rstrip("\n") == said["reply"]
+    drawn = [
+        run(capsys, "generate", adapter, "hi", "--temperature", "1.5", "--seed", seed, "--max-new-tokens", "8")[1]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_chat_keeps_the_conversation(adapter, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand?\n"))
+    code, out, _ = run(capsys, "chat", adapter, "--system", "S", "--max-new-tokens", "4", "--json")
+    messages = json.loads(out)["messages"]
+    assert (code, [message["role"] for message in messages]) == (
+        0,
+        ["system", "user", "assistant", "user", "assistant"],
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/new\nhi\n"))
+    _, out, _ = run(capsys, "chat", adapter, "--max-new-tokens", "4", "--json")
+    assert [message["role"] for message in json.loads(out)["messages"]] == ["user", "assistant"]
+
+
+def test_preview_is_a_line_a_conversation(base, capsys):
+    code, out, _ = run(capsys, "preview", "--model", base, "--dataset", HARBOUR, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert (code, len(records), records[0]["source"]) == (0, 28, "harbour.jsonl:1")
+    start, end = records[0]["supervised"][0]
+    assert records[0]["text"][start:end].startswith("I am Pip")
+    assert len(records[0]["input_ids"]) == len(records[0]["labels"])
+    _, out, _ = run(capsys, "preview", "--model", base, "--dataset", HARBOUR, "--limit", "1")
+    assert "«I am Pip" in out
+
+
+def test_init_writes_a_file_that_train_reads(base, tmp_path, capsys):
+    code, out, _ = run(capsys, "init", tmp_path / "run.yaml", "--json")
+    assert (code, json.loads(out)) == (0, {"path": str(tmp_path / "run.yaml")})
+    assert run(capsys, "init", tmp_path / "run.yaml")[0] == 2
+    words = ["--model", base, "--dataset", HARBOUR, "--output-dir", tmp_path / "a", "--json", *QUICK]
+    assert run(capsys, "train", tmp_path / "run.yaml", *words)[0] == 0
+
+
+def test_schema_and_templates_are_json(capsys):
+    assert "learning_rate" in json.loads(run(capsys, "schema")[1])["properties"]
+    assert {entry["name"] for entry in json.loads(run(capsys, "templates", "--json")[1])} >= {
+        "chatml",
+        "llama3",
+        "zephyr",
+    }
+    assert "<|im_start|>" in run(capsys, "templates", "show", "chatml")[1]
+    assert json.loads(run(capsys, "templates", "show", "chatml", "--json")[1])["stop"] == "<|im_end|>"
+
+
+def test_help_lists_every_setting(capsys):
+    from lora_sft.config import RunConfig
+
+    _, out, _ = run(capsys, "train", "--help")
+    assert all(f"--{name.replace('_', '-')}" in out for name in RunConfig.model_fields)
+
+
+@pytest.mark.slow
+def test_the_demo_learns_and_merges(tmp_path, capsys):
+    code, out, _ = run(capsys, "demo", "--output", tmp_path / "demo", "--json")
+    result = json.loads(out)
+    assert code == 0
+    for reply in result["replies"]:
+        assert reply["before"] != reply["after"] == reply["merged"]
+    rows = [json.loads(line)["messages"] for line in HARBOUR.read_text().splitlines()]
+    answers = {messages[0]["content"]: messages[1]["content"] for messages in rows}
+    assert all(reply["after"] == answers[reply["question"]] for reply in result["replies"])
+    assert result["train"]["seconds"] < 120
