@@ -97,6 +97,7 @@ def finetune(
     folder = OutputFolder(resolved.output_dir, resume=bool(resolved.resume_from_checkpoint))
     try:
         job = make_job(resolved.model_copy(update={"output_dir": str(folder.path)}), **objects, tokenizer=tokenizer)
+        folder.check_room(job.output_bytes)
         console().print(data_view(job))
         trained, result = train(job, folder, objects["model"], [LiveDisplay()] if listeners is None else listeners)
         manifest = make_manifest(trained, job, result)

@@ -47,7 +47,14 @@ Cadence = Annotated[
 NamesOrRegex = Annotated[str | list[str], BeforeValidator(_split_names)]
 
 
-class ModelSettings:
+class Section(BaseModel):
+    """Base of the groups below. Unknown names are an error, never ignored."""
+
+    # The validator is built at first use, so that commands that only list the settings are quick.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
+
+
+class ModelSettings(Section):
     """Base model"""
 
     model_name_or_path: str | None = setting(
@@ -79,7 +86,7 @@ class ModelSettings:
     )
 
 
-class AdapterSettings:
+class AdapterSettings(Section):
     """Adapter"""
 
     lora_r: PositiveInt = setting(16, "Rank of the update.", also=("lora_rank", "rank", "r", "lora_dim"))
@@ -127,7 +134,7 @@ class AdapterSettings:
     )
 
 
-class DataSettings:
+class DataSettings(Section):
     """Data"""
 
     dataset: str | None = setting(
@@ -164,7 +171,7 @@ class DataSettings:
     )
 
 
-class TrainingSettings:
+class TrainingSettings(Section):
     """Training"""
 
     num_train_epochs: PositiveFloat = setting(1.0, "Passes over the data.", also=("num_epochs", "epochs", "n_epochs"))
@@ -246,7 +253,7 @@ class TrainingSettings:
     training_args: dict[str, Any] = setting({}, "Anything else of transformers.TrainingArguments: {adam_beta2: 0.95}.")
 
 
-class OutputSettings:
+class OutputSettings(Section):
     """Output"""
 
     output_dir: str | None = setting(
@@ -257,14 +264,11 @@ class OutputSettings:
     )
 
 
-SECTIONS: tuple[type, ...] = (ModelSettings, DataSettings, AdapterSettings, TrainingSettings, OutputSettings)
+SECTIONS: tuple[type[Section], ...] = (ModelSettings, DataSettings, AdapterSettings, TrainingSettings, OutputSettings)
 
 
-class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings, ModelSettings, BaseModel):
-    """All settings of a run. Unknown names are an error, never ignored."""
-
-    # The groups above are plain classes, and the validator is built at first use: quick commands stay quick.
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
+class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings, ModelSettings):
+    """All settings of a run."""
 
     @property
     def start_changes_base(self) -> bool:
@@ -337,8 +341,7 @@ class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings,
 
 def sections() -> list[tuple[str, dict[str, Any]]]:
     """The settings in reading order: [(title, {name: pydantic FieldInfo})]."""
-    fields = RunConfig.model_fields
-    return [(section.__doc__ or "", {name: fields[name] for name in section.__annotations__}) for section in SECTIONS]
+    return [(section.__doc__ or "", dict(section.model_fields)) for section in SECTIONS]
 
 
 def other_names() -> dict[str, str]:

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 200
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks and writes; of several that a launcher started, the first one does."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
 @cache
 def console(results: bool = False) -> "Console":
     """The console on standard error, or with `results` on standard output. Made at first use: importing rich takes "
@@ -22,7 +29,8 @@ def console(results: bool = False) -> "Console":
     from rich.console import Console
 
     stream = sys.stdout if results else sys.stderr
-    return Console(stderr=not results, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(stderr=not results, highlight=False, width=width, quiet=not is_main_process())
 
 
 def say(topic: str, words: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from lora_sft.console import is_main_process
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Of the setting words behind a command: nothing is parsed by click, all by `settings.from_words`.
@@ -19,8 +21,9 @@ def json_option(function: Command) -> Command:
 
 
 def print_json(document: Any) -> None:
-    """A JSON document on standard output."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    """A JSON document on standard output; of several processes the main one prints it."""
+    if is_main_process():
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
 class SettingsCommand(click.Command):

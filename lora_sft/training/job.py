@@ -10,8 +10,8 @@ from lora_sft.data.conversation import Conversation
 from lora_sft.data.formats import to_conversations
 from lora_sft.data.sources import read_rows
 from lora_sft.data.split import split_off
-from lora_sft.errors import DataError
-from lora_sft.model.adapter import attach, check_targets, lora_config
+from lora_sft.errors import DataError, ModelError
+from lora_sft.model.adapter import attach, check_targets, count_parameters, lora_config
 from lora_sft.model.base import BaseSpec, choose_base, name_base, read_config, skeleton
 from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
 from lora_sft.training.preparation import Prepared, prepare, some
@@ -33,6 +33,7 @@ class Job:
         train, evaluation: the examples; `evaluation` is None if nothing is evaluated during training.
         lora: the adapter, checked against the model's shape.
         arguments: the trainer's.
+        trained_parameters: how many there will be; 0 if the model was given loaded.
     """
 
     config: RunConfig
@@ -42,6 +43,13 @@ class Job:
     evaluation: Prepared | None
     lora: "LoraConfig"
     arguments: "TrainingArguments"
+    trained_parameters: int
+
+    @property
+    def output_bytes(self) -> int:
+        """What adapter and checkpoints take on disk: float32 weights, and with each checkpoint two AdamW moments."""
+        kept = 0 if self.config.save_strategy == "no" else (self.config.save_total_limit or 10) + 1
+        return 4 * self.trained_parameters * (1 + 3 * kept)
 
 
 def make_job(
@@ -65,8 +73,7 @@ def make_job(
         tokenizer = load_tokenizer(spec) if tokenizer is None else tokenizer
         speech = prepare_speech(tokenizer, model.generation_config, config.chat_template, config.new_tokens)
     lora = lora_config(config, speech.new_token_ids, shape)
-    if model is None:
-        _rehearse(lora, shape, len(speech.tokenizer))
+    trained = _rehearse(lora, shape, speech) if model is None else 0
     kept, held_out = _conversations(config, dataset, eval_dataset)
     arguments = training_arguments(config, spec.device, spec.dtype, bool(held_out))
     return Job(
@@ -77,6 +84,7 @@ def make_job(
         _prepare(held_out, speech, config) if held_out else None,
         lora,
         arguments,
+        trained,
     )
 
 
@@ -92,15 +100,22 @@ def load_speech(config: RunConfig, tokenizer: "PreTrainedTokenizerBase | None" =
     return prepare_speech(tokenizer, read_generation_config(spec), config.chat_template, config.new_tokens)
 
 
-def _rehearse(lora: "LoraConfig", shape: "PreTrainedModel", vocabulary_size: int) -> None:
-    """Attaches the adapter to the model without storage: what PEFT would refuse, it refuses now."""
+def _rehearse(lora: "LoraConfig", shape: "PreTrainedModel", speech: Speech) -> int:
+    """Attaches the adapter to the model without storage: what PEFT would refuse, it refuses now.
+
+    Returns:
+        How many parameters will be trained.
+    """
     import copy
 
-    if vocabulary_size > shape.get_input_embeddings().num_embeddings:
-        shape.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+    rows, tokens = shape.get_input_embeddings().num_embeddings, len(speech.tokenizer)
+    if tokens - len(speech.new_token_ids) > rows:
+        raise ModelError(f"the tokenizer knows {tokens} tokens, the model embeds {rows}: they do not belong together")
+    if tokens > rows:
+        shape.resize_token_embeddings(tokens, mean_resizing=False)
     rehearsal = copy.deepcopy(lora)
     rehearsal.init_lora_weights = True  # the other starts compute on weights, and there are none
-    attach(shape, rehearsal, seed=0)
+    return count_parameters(attach(shape, rehearsal, seed=0))[0]
 
 
 def spec_of(model: "PreTrainedModel", config: RunConfig) -> BaseSpec:

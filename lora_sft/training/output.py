@@ -1,12 +1,17 @@
-"""A run's output folder: claimed before anything slow, filled at the end, never shared by two runs."""
+"""A run's output folder: claimed before anything slow, filled at the end, never shared by two runs.
+
+Of several processes of one run, only the main one claims and writes.
+"""
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from lora_sft.console import is_main_process
 from lora_sft.errors import OutputError
 
 LOCK = ".lock"
@@ -28,9 +33,11 @@ class OutputFolder:
         Raises:
             OutputError: it holds something and `resume` is false, another run holds it, or it cannot be written.
         """
+        if path is None and "WORLD_SIZE" in os.environ:
+            raise OutputError("several processes write to one folder: name it with output_dir")
         self.path = Path(path).expanduser().absolute() if path else _next_free(Path("runs"))
         self._is_new = not self.path.exists()
-        self._lock = self._claim(resume)
+        self._lock = self._claim(resume) if is_main_process() else None
 
     def _claim(self, resume: bool) -> TextIO:
         try:
@@ -60,6 +67,8 @@ class OutputFolder:
 
     def release(self) -> None:
         """Lets the folder go; one that was made for this run and stayed empty is removed."""
+        if self._lock is None:
+            return
         (self.path / LOCK).unlink(missing_ok=True)
         self._lock.close()
         if self._is_new and not any(self.path.iterdir()):
@@ -70,8 +79,19 @@ class OutputFolder:
         found = [entry for entry in self.path.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
         return max(found, key=lambda entry: int(entry.name.removeprefix("checkpoint-")), default=None)
 
+    def check_room(self, needed_bytes: int) -> None:
+        """Raises OutputError if the disk has less than `needed_bytes` left."""
+        free = shutil.disk_usage(self.path.parent if not self.path.exists() else self.path).free
+        if free < needed_bytes:
+            raise OutputError(
+                f"output_dir {self.path}: {free / 2**30:.2f} GiB are free, but adapter and checkpoints take "
+                f"{needed_bytes / 2**30:.2f} GiB; make room, lower save_total_limit, or set save_strategy: no"
+            )
+
     def write(self, name: str, text: str) -> None:
         """Writes a text file under its final name only once it is whole."""
+        if self._lock is None:
+            return
         staged = self.path / f".{name}.part"
         staged.write_text(text, encoding="utf-8")
         staged.replace(self.path / name)
@@ -82,6 +102,8 @@ class OutputFolder:
 
     def fill(self, save: Callable[[Path], object]) -> None:
         """Lets `save` write files into a folder beside, and moves them here when all of them are there."""
+        if self._lock is None:
+            return
         staged = self.path / ".part"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from lora_sft.console import say
+from lora_sft.console import is_main_process, say
 from lora_sft.errors import OutputError, RunError
 from lora_sft.model.adapter import attach, describe_trained
 from lora_sft.model.base import load_base
@@ -51,7 +51,7 @@ def train(
     say("trained", describe_trained(model))
 
     metrics = MetricsFile(folder.path / METRICS)
-    everyone = [metrics, *listeners]
+    everyone = [metrics, *listeners] if is_main_process() else []
     held_out = job.evaluation.examples if job.evaluation else []
     with Start(model, job.config.start_changes_base) as start:
         trainer = build_trainer(model, job.speech, job.train.examples, held_out, job.config, job.arguments, everyone)
@@ -67,7 +67,8 @@ def train(
                 listener.ended()
         model.eval()
         save_adapter(model, job, folder, start)
-    trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
+    if is_main_process():
+        trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
     return model, _result(trainer, job, folder, metrics, time.perf_counter() - clock)
 
 

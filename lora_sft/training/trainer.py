@@ -1,6 +1,7 @@
 """Model, examples and settings → a trained adapter. The only file that touches TRL."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,11 +51,8 @@ class Trainer(SFTTrainer):
     loss_is_scaled_for_ga = True
     optimizer: Any
 
-    def __init__(
-        self, *args: Any, loraplus_lr_ratio: float | None = None, telemetry: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
-        self._telemetry = telemetry
         self._tallies = {"train": Tally(), "eval": Tally()}
         self.tokens_seen = self.supervised_tokens_seen = 0
         self.nll_seen = 0.0
@@ -70,7 +68,8 @@ class Trainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
 
     def _send_telemetry(self) -> None:
-        if self._telemetry:
+        """TRL's, only where the user turned it on: huggingface_hub may have been imported before us."""
+        if os.environ["HF_HUB_DISABLE_TELEMETRY"].lower() in ("0", "false", "no", "off"):
             super()._send_telemetry()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -107,9 +106,8 @@ class Trainer(SFTTrainer):
         self._tallies[mode].add(loss, inputs["attention_mask"].sum())
         value = loss.value
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            value = (
-                value * self.accelerator.num_processes
-            )  # DDP averages the gradients of the ranks; the count is of all of them
+            # DDP averages the gradients of the ranks, and the count is of all of them together.
+            value = value * self.accelerator.num_processes
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             value = value + self.router_aux_loss_coef * output.aux_loss / steps  # type: ignore[attr-defined]
@@ -118,14 +116,8 @@ class Trainer(SFTTrainer):
     def _take(self, mode: str) -> dict[str, float]:
         """Empties a tally → sums over all ranks."""
         tally, self._tallies[mode] = self._tallies[mode], Tally()
-        sums = torch.tensor(
-            [float(tally.nll), float(tally.correct), float(tally.supervised), float(tally.tokens)], dtype=torch.float64
-        )
-        total = (
-            self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
-            if self.accelerator.num_processes > 1
-            else sums.tolist()
-        )
+        sums = torch.tensor([float(tally.nll), float(tally.correct), float(tally.supervised), float(tally.tokens)])
+        total = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return dict(zip(("nll", "correct", "supervised", "tokens"), total, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

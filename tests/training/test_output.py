@@ -53,6 +53,27 @@ def test_files_arrive_together_or_not_at_all(tmp_path):
     folder.release()
 
 
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
+    folder = OutputFolder(str(tmp_path / "a"))
+    folder.check_room(1)
+    with pytest.raises(OutputError, match="make room, lower save_total_limit"):
+        folder.check_room(2**60)
+    folder.release()
+
+
+def test_of_several_processes_only_the_main_one_writes(tmp_path, monkeypatch):
+    main = OutputFolder(str(tmp_path / "a"))
+    monkeypatch.setenv("RANK", "1")
+    other = OutputFolder(str(tmp_path / "a"))
+    other.write("x", "x")
+    other.release()
+    assert [entry.name for entry in main.path.iterdir()] == [".lock"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OutputError, match="name it with output_dir"):
+        OutputFolder(None)
+    main.release()
+
+
 def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     folder = OutputFolder(str(tmp_path / "a"))
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):

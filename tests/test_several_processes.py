@@ -1,0 +1,56 @@
+"""Two processes with one device each train the same adapter as one process with the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_sft import finetune
+from tests.conftest import FEW, HARBOUR, logged
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(base, tmp_path):
+    settings = {
+        "train_sampling_strategy": "sequential",
+        "max_steps": 3,
+        "lora_init": "gaussian",
+        "save_strategy": "epoch",
+    }
+    alone = finetune(
+        base, HARBOUR, output_dir=tmp_path / "alone", **FEW | settings | {"per_device_train_batch_size": 4}
+    )
+    words = [f"{name}={value}" for name, value in (FEW | settings).items() if name != "listeners"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29617",
+            "-m",
+            "lora_sft",
+        ]
+        + ["train", "--model", str(base), "--dataset", str(HARBOUR), "--output-dir", str(tmp_path / "two"), *words]
+        + ["per_device_train_batch_size=2", "--json"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 3
+    for ours, theirs in zip(logged(tmp_path / "alone"), logged(tmp_path / "two"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["num_tokens"] == theirs["num_tokens"]
+    expected, found = (
+        load_file(alone.output_dir / "adapter_model.safetensors"),
+        load_file(tmp_path / "two/adapter_model.safetensors"),
+    )
+    for name in expected:
+        assert (expected[name] - found[name]).norm() <= 1e-4 * expected[name].norm(), name
+    assert done.stderr.count("precision: ") == 1
