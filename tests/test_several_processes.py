@@ -24,20 +24,10 @@ def test_two_processes_train_what_one_does(base, tmp_path):
         base, HARBOUR, output_dir=tmp_path / "alone", **FEW | settings | {"per_device_train_batch_size": 4}
     )
     words = [f"{name}={value}" for name, value in (FEW | settings).items() if name != "listeners"]
+    words += [f"model={base}", f"dataset={HARBOUR}", f"output_dir={tmp_path / 'two'}", "per_device_train_batch_size=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29617"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            "29617",
-            "-m",
-            "lora_sft",
-        ]
-        + ["train", "--model", str(base), "--dataset", str(HARBOUR), "--output-dir", str(tmp_path / "two"), *words]
-        + ["per_device_train_batch_size=2", "--json"],
+        [*launcher, "-m", "lora_sft", "train", *words, "--json"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
