@@ -18,6 +18,7 @@ from lora_sft.model.generation import reply
 from lora_sft.model.loading import load_model
 from lora_sft.model.tokenizer import prepare_speech
 from lora_sft.report.card import model_card
+from lora_sft.report.page import report_page
 from lora_sft.report.progress import LiveDisplay
 from lora_sft.report.views import data_view
 from lora_sft.settings import read_file, resolve
@@ -99,9 +100,12 @@ def finetune(
         job = make_job(resolved.model_copy(update={"output_dir": str(folder.path)}), **objects, tokenizer=tokenizer)
         folder.check_room(job.output_bytes)
         console().print(data_view(job))
-        trained, result = train(job, folder, objects["model"], [LiveDisplay()] if listeners is None else listeners)
+        trained, result, metrics = train(
+            job, folder, objects["model"], [LiveDisplay()] if listeners is None else listeners
+        )
         manifest = make_manifest(trained, job, result)
         folder.write("README.md", model_card(manifest, job.config, folder.path.name))
+        folder.write("report.html", report_page(job, manifest, metrics, folder.path.name))
         folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
     finally:
         folder.release()

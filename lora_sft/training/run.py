@@ -28,8 +28,8 @@ ROWS_FOR_START = 32
 
 def train(
     job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[Listener]
-) -> tuple[Any, dict[str, Any]]:
-    """Trains, saves the adapter, and returns (model, result).
+) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+    """Trains, saves the adapter, and returns (model, result, metrics).
 
     Args:
         given_model: a model that was given loaded; None loads the base of the job.
@@ -37,7 +37,8 @@ def train(
 
     Returns:
         The model with its adapter in eval mode, and {"output_dir", "steps", "train_loss", "supervised_tokens",
-        "tokens", "seconds", "peak_bytes"}, with "eval_loss" if there was an evaluation.
+        "tokens", "seconds", "peak_bytes"}, with "eval_loss" if there was an evaluation;
+        and the lines of `metrics.jsonl`.
 
     Raises:
         OutputError: there is no checkpoint to resume from.
@@ -69,7 +70,7 @@ def train(
         save_adapter(model, job, folder, start)
     if is_main_process():
         trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
-    return model, _result(trainer, job, folder, metrics, time.perf_counter() - clock)
+    return model, _result(trainer, job, folder, metrics, time.perf_counter() - clock), metrics.lines
 
 
 def _model(job: Job, given_model: Any) -> Any:

@@ -67,6 +67,7 @@ def test_the_folder_holds_what_is_promised(run, base):
         "run.yaml",
         "manifest.json",
         "metrics.jsonl",
+        "report.html",
     }
     config = json.loads((run.output_dir / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["task_type"], config["revision"]) == (
