@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_sft.chat.labels import Example, encode_rendered
 from lora_sft.chat.rendering import Rendered
 from lora_sft.config import RunConfig
-from lora_sft.console import console
+from lora_sft.console import console, is_main_process
 from lora_sft.data.conversation import Message
 from lora_sft.data.formats import to_conversations
 from lora_sft.data.sources import read_rows
@@ -103,10 +103,11 @@ def finetune(
         trained, result, metrics = train(
             job, folder, objects["model"], [LiveDisplay()] if listeners is None else listeners
         )
-        manifest = make_manifest(trained, job, result)
-        folder.write("README.md", model_card(manifest, job.config, folder.path.name))
-        folder.write("report.html", report_page(job, manifest, metrics, folder.path.name))
-        folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
+        if is_main_process():
+            manifest = make_manifest(trained, job, result)
+            folder.write("README.md", model_card(manifest, job.config, folder.path.name))
+            folder.write("report.html", report_page(job, manifest, metrics, folder.path.name))
+            folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
     finally:
         folder.release()
     return Run(trained, job.speech.tokenizer, folder.path, result)

@@ -35,10 +35,10 @@ def report_page(job: Job, manifest: dict[str, Any], lines: Sequence[dict[str, An
         "train": [(line["step"], line["loss"]) for line in lines if "loss" in line],
         "evaluation": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
     }
+    ends = [f"{loss:.4f}" for loss in (result["first_loss"], result["last_loss"]) if loss is not None]
     facts = {
         "steps": f"{result['steps']:,} in {result['seconds']:,.0f} s",
-        "training loss": f"{result['first_loss']:.4f} → {result['last_loss']:.4f}, {result['train_loss']:.4f} over "
-        "the run",
+        "training loss": f"{result['train_loss']:.4f} over the run ({' → '.join(ends) or 'not logged'})",
         "evaluation loss": f"{result['eval_loss']:.4f}" if "eval_loss" in result else "not evaluated",
         "conversations": f"{data['examples']:,}, and {data['evaluation_examples']:,} for evaluation",
         "left out": f"{data['dropped_too_long']:,} too long, {data['dropped_without_reply']:,} without a reply; "

@@ -89,7 +89,7 @@ class OutputFolder:
             )
 
     def write(self, name: str, text: str) -> None:
-        """Writes a text file under its final name only once it is whole."""
+        """Writes a text file under its final name only once it is whole; in the main process."""
         if self._lock is None:
             return
         staged = self.path / f".{name}.part"

@@ -119,6 +119,7 @@ def _how_to_repeat(job: Job) -> list[str]:
 
 
 def _result(trainer: Trainer, job: Job, folder: OutputFolder, metrics: MetricsFile, seconds: float) -> dict[str, Any]:
+    trainer.count_seen()  # the steps after the last log
     evaluations = [line["eval_loss"] for line in metrics.lines if "eval_loss" in line]
     losses = [line["loss"] for line in metrics.lines if "loss" in line]
     result = {

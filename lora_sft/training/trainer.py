@@ -120,13 +120,18 @@ class Trainer(SFTTrainer):
         total = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return dict(zip(("nll", "correct", "supervised", "tokens"), total, strict=True))
 
+    def count_seen(self) -> dict[str, float]:
+        """Sums over what was trained on since the last call, also added to the totals of the run."""
+        seen = self._take("train")
+        self.tokens_seen += int(seen["tokens"])
+        self.supervised_tokens_seen += int(seen["supervised"])
+        self.nll_seen += seen["nll"]
+        return seen
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds token accuracy and the token counts to what the trainer logs."""
         if "loss" in logs:
-            seen = self._take("train")
-            self.tokens_seen += int(seen["tokens"])
-            self.supervised_tokens_seen += int(seen["supervised"])
-            self.nll_seen += seen["nll"]
+            seen = self.count_seen()
             if not math.isfinite(seen["nll"]):
                 raise RunError(
                     f"the loss is {seen['nll']} at step {self.state.global_step}: lower learning_rate, or look for "

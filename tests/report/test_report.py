@@ -30,6 +30,12 @@ def test_the_page_needs_no_other_file_and_escapes_names(page):
     assert "src=" not in page
 
 
+def test_a_run_that_logged_nothing_has_a_page_too(base, tmp_path):
+    run = finetune(base, HARBOUR, output_dir=tmp_path / "run", **FEW | {"logging_steps": 100})
+    assert "not logged" in (run.output_dir / "report.html").read_text()
+    assert run.metrics["train_loss"] > 0
+
+
 def test_the_chart_is_drawn_to_scale():
     svg = ElementTree.fromstring(_chart({"train": [(1, 4.0), (3, 2.0), (5, 0.0)], "evaluation": []}))
     points = [tuple(map(float, point.split(","))) for point in svg.find("polyline").get("points").split()]
