@@ -86,13 +86,12 @@ def _chart(curves: dict[str, list[tuple[int, float]]]) -> str:
     if not points:
         return "<p>Nothing was logged.</p>"
     first, last = min(step for step, _ in points), max(step for step, _ in points)
-    top = max(loss for _, loss in points) or 1.0
+    low, top = min(loss for _, loss in points), max(loss for _, loss in points)
 
     def place(step: int, loss: float) -> str:
         across = (step - first) / max(last - first, 1)
-        return (
-            f"{MARGIN + across * (WIDTH - 2 * MARGIN):.1f},{HEIGHT - MARGIN - loss / top * (HEIGHT - 2 * MARGIN):.1f}"
-        )
+        up = (loss - low) / ((top - low) or 1.0)
+        return f"{MARGIN + across * (WIDTH - 2 * MARGIN):.1f},{HEIGHT - MARGIN - up * (HEIGHT - 2 * MARGIN):.1f}"
 
     drawn = [
         f'<polyline class="{name}" stroke-width="2" points="{" ".join(place(*point) for point in curve)}"/>'
@@ -112,7 +111,7 @@ def _chart(curves: dict[str, list[tuple[int, float]]]) -> str:
             f'<line class="axis" x1="{MARGIN}" y1="{floor}" x2="{WIDTH - MARGIN}" y2="{floor}"/>',
             f'<line class="axis" x1="{MARGIN}" y1="{MARGIN}" x2="{MARGIN}" y2="{floor}"/>',
             f'<text x="{MARGIN - 6}" y="{MARGIN + 4}" text-anchor="end">{top:.2f}</text>',
-            f'<text x="{MARGIN - 6}" y="{floor + 4}" text-anchor="end">0</text>',
+            f'<text x="{MARGIN - 6}" y="{floor + 4}" text-anchor="end">{low:.2f}</text>',
             f'<text x="{MARGIN}" y="{floor + 18}">step {first}</text>',
             f'<text x="{WIDTH - MARGIN}" y="{floor + 18}" text-anchor="end">step {last}</text>',
             *drawn,

@@ -37,7 +37,7 @@ def test_a_run_that_logged_nothing_has_a_page_too(base, tmp_path):
 
 
 def test_the_chart_is_drawn_to_scale():
-    svg = ElementTree.fromstring(_chart({"train": [(1, 4.0), (3, 2.0), (5, 0.0)], "evaluation": []}))
+    svg = ElementTree.fromstring(_chart({"train": [(1, 5.0), (3, 3.0), (5, 1.0)], "evaluation": []}))
     points = [tuple(map(float, point.split(","))) for point in svg.find("polyline").get("points").split()]
     assert points == [(44, 44), (360, 130), (676, 216)]
 
