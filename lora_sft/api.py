@@ -15,7 +15,7 @@ from lora_sft.data.sources import read_rows
 from lora_sft.errors import DataError
 from lora_sft.export.merge import merge_adapter
 from lora_sft.model.generation import reply
-from lora_sft.model.loading import load_model
+from lora_sft.model.loading import MANIFEST, load_model
 from lora_sft.model.tokenizer import prepare_speech
 from lora_sft.report.card import model_card
 from lora_sft.report.page import report_page
@@ -24,7 +24,7 @@ from lora_sft.report.views import data_view
 from lora_sft.settings import read_file, resolve
 from lora_sft.training.evaluation import measure
 from lora_sft.training.job import load_speech, make_job
-from lora_sft.training.output import MANIFEST, OutputFolder
+from lora_sft.training.output import OutputFolder
 from lora_sft.training.preparation import prepare, render_all
 from lora_sft.training.progress import Listener
 from lora_sft.training.run import train
@@ -41,15 +41,17 @@ class Chat:
     Attributes:
         model: of transformers, or a PeftModel.
         tokenizer: with the chat template that was trained.
+        template_variables: those that the chat template was given in training; a call may override them.
     """
 
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
+    template_variables: Mapping[str, Any]
 
     def chat(self, message: str | Sequence[Message], **options: Any) -> str:
         """The reply to a message of the user, or to a whole conversation; `options` are those of `generation.reply`."""
         messages = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
-        return reply(self.model, self.tokenizer, messages, **options)
+        return reply(self.model, self.tokenizer, messages, **{**self.template_variables, **options})
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,17 @@ def finetune(
         job = make_job(resolved.model_copy(update={"output_dir": str(folder.path)}), **objects, tokenizer=tokenizer)
         folder.check_room(job.output_bytes)
         console().print(data_view(job))
-        trained, result, metrics = train(
-            job, folder, objects["model"], [LiveDisplay()] if listeners is None else listeners
-        )
+        followers = [LiveDisplay()] if listeners is None else listeners
+        outcome = train(job, folder, objects["model"], followers)
         if is_main_process():
-            manifest = make_manifest(trained, job, result)
+            manifest = make_manifest(outcome.model, job, outcome.result)
             folder.write("README.md", model_card(manifest, job.config, folder.path.name))
-            folder.write("report.html", report_page(job, manifest, metrics, folder.path.name))
+            folder.write("report.html", report_page(job, manifest, outcome.metrics, folder.path.name))
             folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
     finally:
         folder.release()
-    return Run(trained, job.speech.tokenizer, folder.path, result)
+    variables = job.config.chat_template_kwargs
+    return Run(outcome.model, job.speech.tokenizer, variables, folder.path, outcome.result)
 
 
 def _settings(
@@ -134,19 +136,25 @@ def _settings(
     return resolve(*layers, settings), objects
 
 
-def load(path: str | Path, device: str = "auto") -> Chat:
+def load(path: str | Path, device: str = "auto", trust_remote_code: bool = False) -> Chat:
     """A model to talk to: an adapter folder (on its base, as trained), a merged model, or any chat model.
 
     Raises:
         ModelError: there is none.
     """
-    loaded = load_model(path, device)
-    return Chat(loaded.model, loaded.tokenizer)
+    loaded = load_model(path, device, trust_remote_code)
+    return Chat(loaded.model, loaded.tokenizer, loaded.template_variables)
 
 
-def merge(adapter: str | Path, output: str | Path, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """An adapter folder → a whole model in a folder of its own, compared with the adapter; see `export.merge`."""
-    return merge_adapter(adapter, output, dtype, device)
+    return merge_adapter(adapter, output, dtype, device, trust_remote_code)
 
 
 def evaluate(
@@ -157,6 +165,7 @@ def evaluate(
     batch_size: int = 8,
     split: str = "train",
     device: str = "auto",
+    trust_remote_code: bool = False,
     chat_template: str | None = None,
     **template_variables: Any,
 ) -> dict[str, Any]:
@@ -176,9 +185,9 @@ def evaluate(
         UsageError: the model, the template or the data is wrong.
     """
     conversations = to_conversations(read_rows(dataset, split))
-    loaded = load_model(path, device)
+    loaded = load_model(path, device, trust_remote_code)
     speech = prepare_speech(loaded.tokenizer, loaded.model.generation_config, chat_template)
-    prepared = prepare(conversations, speech, max_length, variables=template_variables)
+    prepared = prepare(conversations, speech, max_length, variables={**loaded.template_variables, **template_variables})
     pad_token_id = loaded.tokenizer.pad_token_id
     found: dict[str, Any] = measure(loaded.model, prepared.examples, pad_token_id, batch_size)
     found |= {"examples": len(prepared.examples), "too_long": len(prepared.too_long)}

@@ -30,13 +30,18 @@ def setting(default: Any, help: str, *, also: tuple[str, ...] = ()) -> Any:
 
 def _split_names(value: Any) -> Any:
     """`q_proj,v_proj` is two names; `all-linear` and anything with regex characters stays a string."""
-    if isinstance(value, str) and value != "all-linear" and re.fullmatch(r"[\w.,\s-]+", value):
-        return _split_list(value)
-    return value
+    names = _split_list(value)
+    plain = isinstance(names, list) and all(re.fullmatch(r"[\w.-]+", str(name)) for name in names)
+    return names if plain and value != "all-linear" else value
 
 
 def _split_list(value: Any) -> Any:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+    """`a,b` and `[a, b]` are two names; a lone `[THINK]` is one."""
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"\[[^\[\]]*,[^\[\]]*\]", value):
+        value = value[1:-1]
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 Names = Annotated[list[str], BeforeValidator(_split_list)]
@@ -82,7 +87,7 @@ class ModelSettings(Section):
     attn_implementation: str | None = setting(
         None,
         "Attention kernel: eager, sdpa, flash_attention_2, … Unset: what transformers chooses.",
-        also=("flash_attn", "attention_implementation"),
+        also=("attention_implementation",),
     )
 
 
@@ -143,6 +148,9 @@ class DataSettings(Section):
         also=("train_dataset", "dataset_name", "data_path", "train_file", "data"),
     )
     dataset_split: str = setting("train", "Which split of a hub dataset.", also=("split", "dataset_train_split"))
+    eval_dataset_split: str | None = setting(
+        None, "Which split of eval_dataset. Unset: as dataset_split.", also=("dataset_test_split",)
+    )
     eval_dataset: str | None = setting(
         None,
         "Conversations to evaluate on during training, given like dataset.",
@@ -151,7 +159,7 @@ class DataSettings(Section):
     eval_size: NonNegativeFloat = setting(
         0.0,
         "Keep this share (below 1) or number of conversations out of training, for evaluation.",
-        also=("val_set_size", "val_size", "validation_split", "test_size", "validation_split_percentage"),
+        also=("val_set_size", "val_size", "validation_split", "test_size"),
     )
     chat_template: str | None = setting(
         None,
@@ -306,7 +314,7 @@ class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings,
                 f"lora_init {self.lora_init} needs an unquantized base; set load_in_4bit: false, or use loftq or eva",
             ),
             (
-                self.lora_init == "loftq" and self.load_in_4bit is False,
+                self.lora_init == "loftq" and (self.load_in_4bit is False or self.load_in_8bit),
                 "lora_init loftq makes up for 4-bit rounding; it needs load_in_4bit",
             ),
             (

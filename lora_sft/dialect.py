@@ -44,15 +44,11 @@ def translate(given: Settings) -> tuple[Settings, list[str]]:
 
 def _value(name: str, value: Any) -> Any:
     """Values that others allow where we have a plainer one."""
-    if (
-        value == "auto"
-        and RunConfig.model_fields.get(name) is not None
-        and RunConfig.model_fields[name].default is None
-    ):
+    if value == "auto" and name in RunConfig.model_fields and RunConfig.model_fields[name].default is None:
         return None  # bf16: auto, load_in_4bit: auto: chosen by us when unset
     if name == "gradient_checkpointing" and value == "unsloth":
         return True
-    if name in ("report_to",) and value in (None, [], ""):
+    if name == "report_to" and value in (None, [], ""):
         return ["none"]
     return value
 
@@ -80,6 +76,9 @@ _DTYPES = {
     "fp32": {"bf16": False, "fp16": False},
     "auto": {},
 }
+
+
+_FLASH = {"attn_implementation": "flash_attention_2"}
 
 
 def _dataset_list(value: Any) -> Settings:
@@ -123,6 +122,12 @@ MEANINGS: dict[str, Callable[[Any], Settings]] = {
         {"drop": {"truncation": "drop"}, "truncate": {"truncation": "cut"}, "raise": {"truncation": "error"}},
         "rows are dropped, cut or refused",
     ),
+    "validation_split_percentage": lambda value: {"eval_size": float(value) / 100},
+    "flash_attn": _only(
+        {True: _FLASH, "fa2": _FLASH, "sdpa": {"attn_implementation": "sdpa"}, "auto": {}, False: {}, "disabled": {}},
+        "name a kernel with attn_implementation",
+    ),
+    "flash_attention": _only({True: _FLASH, False: {}}, "name a kernel with attn_implementation"),
     "datasets": _dataset_list,
     "overwrite_output_dir": _only({False: {}}, "an output folder in use is never overwritten; name another"),
 }

@@ -14,8 +14,22 @@ from lora_sft.console import say
 from lora_sft.dialect import MEANINGS, translate
 from lora_sft.errors import SettingError
 
-# Arguments of TRL's SFTConfig that decide what we decide: data, template, masks, loss.
-OURS_TO_DECIDE = frozenset({"do_train", "do_eval", "do_predict", "disable_tqdm", "remove_unused_columns", "use_cpu"})
+# Arguments of TRL's SFTConfig that are not passed on, and why.
+_OTHER_SETTING = "there is a setting of ours for it"
+_OUR_LOSS = "the loss is the plain mean over supervised tokens"
+_OUR_DATA = "the rows are prepared before the trainer sees them"
+_NO_HUB = "nothing is uploaded yet; the output folder can be uploaded as it is"
+NOT_PASSED_ON = {
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "disable_tqdm", "remove_unused_columns"), _OUR_DATA),
+    **dict.fromkeys(("use_cpu", "no_cuda"), "use device: cpu"),
+    **dict.fromkeys(
+        ("packing", "eval_packing", "padding_free", "dataset_text_field", "completion_only_loss"), _OUR_DATA
+    ),
+    **dict.fromkeys(("label_smoothing_factor", "loss_type", "compute_loss_func", "label_names"), _OUR_LOSS),
+    **dict.fromkeys(("activation_checkpointing",), "use gradient_checkpointing"),
+    **dict.fromkeys(("push_to_hub", "push_to_hub_token", "hub_token", "hub_model_id", "hub_strategy"), _NO_HUB),
+    **dict.fromkeys(("hub_private_repo", "hub_always_push", "hub_revision"), _NO_HUB),
+}
 
 
 def resolve(*layers: Mapping[str, Any]) -> RunConfig:
@@ -29,34 +43,46 @@ def resolve(*layers: Mapping[str, Any]) -> RunConfig:
     merged: dict[str, Any] = {}
     for layer in layers:
         ours, said = translate(
-            {name.replace("-", "_"): str(value) if isinstance(value, Path) else value for name, value in layer.items()}
+            {_name(key): str(value) if isinstance(value, Path) else value for key, value in layer.items()}
         )
         for words in said:
             say("setting", words)
-        passed_on = _claim_unknown(ours)
-        if passed_on:
-            ours["training_args"] = {
-                **merged.get("training_args", {}),
-                **(ours.get("training_args") or {}),
-                **passed_on,
-            }
-        merged.update(ours)
+        _claim_unknown(ours)
+        for name, value in ours.items():
+            # What a layer says inside a mapping is added to what an earlier one said.
+            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+            merged[name] = {**merged[name], **value} if both else value
+    _refuse_what_is_ours(merged)
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise SettingError.of([_sentence(problem, merged) for problem in error.errors()]) from None
 
 
-def _claim_unknown(ours: dict[str, Any]) -> dict[str, Any]:
-    """Takes the names that only TrainingArguments knows out of `ours`; refuses the ones that nobody knows."""
+def _name(written: str) -> str:
+    return written.replace("-", "_")
+
+
+def _claim_unknown(ours: dict[str, Any]) -> None:
+    """Moves the names that only TrainingArguments knows into `training_args`; refuses those that nobody knows."""
     unknown = [name for name in ours if name not in RunConfig.model_fields]
-    theirs = _training_arguments() if unknown else frozenset()
-    strangers = [name for name in unknown if name not in theirs or name in OURS_TO_DECIDE]
-    if strangers:
+    theirs = _training_arguments() | set(NOT_PASSED_ON) if unknown else frozenset()
+    if strangers := [name for name in unknown if name not in theirs]:
         raise SettingError.of([f'unknown setting "{name}"{_nearest(name)}' for name in strangers])
     for name in unknown:
-        say("setting", f"{name} is passed on to TrainingArguments")
-    return {name: ours.pop(name) for name in unknown}
+        ours["training_args"] = {**(ours.get("training_args") or {}), name: ours.pop(name)}
+        if name not in NOT_PASSED_ON:
+            say("setting", f"{name} is passed on to TrainingArguments")
+
+
+def _refuse_what_is_ours(settings: Mapping[str, Any]) -> None:
+    """Arguments of the trainer that would have no effect, or another one than their name says."""
+    given = settings.get("training_args")
+    names = given if isinstance(given, dict) else {}
+    problems = [f"{name}: {why}" for name, why in NOT_PASSED_ON.items() if name in names]
+    problems += [f"training_args.{name}: {_OTHER_SETTING}, {name}" for name in names if name in RunConfig.model_fields]
+    if problems:
+        raise SettingError.of(problems)
 
 
 @cache
@@ -124,7 +150,7 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
             _put(found, name.removeprefix("no_"), "false")
         elif rest and not rest[0].startswith("--") and not (_is_switch(name) and not _says_yes_or_no(rest[0])):
             _put(found, name, rest.pop(0))
-        elif _is_switch(name):
+        elif _is_switch(name) or name in MEANINGS:
             _put(found, name, "true")
         else:
             raise SettingError(f"--{name.replace('_', '-')} needs a value")
@@ -135,7 +161,7 @@ def _is_switch(name: str) -> bool:
     """Whether the setting is a boolean, so that its bare name means yes."""
     name = other_names().get(name, name)
     field = RunConfig.model_fields.get(name)
-    return name in MEANINGS if field is None else "bool" in str(field.annotation)
+    return field is not None and field.annotation in (bool, bool | None)
 
 
 def _says_yes_or_no(word: str) -> bool:
@@ -147,9 +173,12 @@ def _put(found: dict[str, Any], name: str, text: str) -> None:
     field, _, key = name.partition(".")
     field = other_names().get(field, field)
     known = RunConfig.model_fields.get(field)
-    # Names and paths stay text: a folder called 007 is not the number 7.
-    plain_text = known is not None and known.annotation in (str, str | None)
-    value = text if plain_text and text.lower() not in ("none", "null") else read_yaml(text)
+    # Names and paths stay text: a folder called 007 is not the number 7, and [THINK] is no list.
+    plain_text = known is not None and "str" in str(known.annotation) and "dict" not in str(known.annotation)
+    if plain_text:
+        value = None if text.lower() in ("none", "null") and field != "report_to" else text
+    else:
+        value = read_yaml(text)
     if key:
         found.setdefault(field, {})[key] = value
     else:

@@ -126,6 +126,45 @@ def test_what_we_do_not_do_is_refused_and_not_ignored(refused):
         resolve(refused)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hub_token": "hf_secret"}, "hub_token: nothing is uploaded yet"),
+        ({"training_args": {"push_to_hub": True}}, "push_to_hub: nothing is uploaded yet"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: the loss is the plain mean"),
+        ({"training_args": {"packing": True}}, "packing: the rows are prepared before"),
+        (
+            {"training_args": {"gradient_checkpointing": True}},
+            "there is a setting of ours for it, gradient_checkpointing",
+        ),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused(settings, words):
+    with pytest.raises(SettingError, match=words):
+        resolve(settings)
+
+
+def test_what_stands_inside_a_mapping_is_added_to_an_earlier_layer():
+    config = resolve({"training_args": {"adam_beta2": 0.95}}, from_words(["training_args.adam_beta1=0.8"]))
+    assert config.training_args == {"adam_beta2": 0.95, "adam_beta1": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "value"),
+    [
+        (["--resume-from-checkpoint", "runs/x/checkpoint-3"], "resume_from_checkpoint", "runs/x/checkpoint-3"),
+        (["--new-tokens", "[THINK]"], "new_tokens", ["[THINK]"]),
+        (["--new-tokens", "<a>, <b>"], "new_tokens", ["<a>", "<b>"]),
+        (["--lora-target-modules", "[q_proj, v_proj]"], "lora_target_modules", ["q_proj", "v_proj"]),
+        (["--chat-template", "none"], "chat_template", None),
+        (["--validation-split-percentage", "5"], "eval_size", 0.05),
+        (["--flash-attn", "fa2"], "attn_implementation", "flash_attention_2"),
+    ],
+)
+def test_words_mean_what_people_mean(words, setting, value):
+    assert getattr(resolve(from_words(words)), setting) == value
+
+
 def test_one_setting_under_two_names_is_refused():
     with pytest.raises(SettingError, match="max_length is given twice"):
         resolve({"cutoff_len": 512, "max_length": 1024})

@@ -101,5 +101,6 @@ def _labels(
     for token, (first, last) in zip(input_ids, offsets, strict=True):
         while first >= end:
             start, end = next(spans)
-        labels.append(token if start <= first < last <= end else IGNORED)
+        # Some tokenizers report white space as empty, (last, last); it belongs to where it ends.
+        labels.append(token if start <= first and start < last <= end else IGNORED)
     return labels

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NO_STOP_TOKEN = "no stop token"
 DROPPED = "dropped"
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Note(NamedTuple):
@@ -97,7 +98,9 @@ def render(
                     f"the template does not end the reply with one of {', '.join(stops) or '(no stop token known)'}",
                 )
             )
-        if missing := _missing(reply, texts[0][start:end]):
+        if reply.get("train") is False:
+            continue
+        if missing := _missing(reply, texts[0][start:end], template):
             notes.append(Note(turn, DROPPED, f"the template leaves out {missing}"))
         if (stop or end) > start:
             supervised.append((start, stop or end))
@@ -150,8 +153,13 @@ def stop_tokens_of(tokenizer: "PreTrainedTokenizerBase", eos_token_id: int | lis
     return list(dict.fromkeys([*eos, *(token for token in known if isinstance(token, str))]))
 
 
-def _missing(reply: Message, block: str) -> str | None:
-    """What of a reply the template did not write: its words or one of its calls."""
+def _missing(reply: Message, block: str, template: str) -> str | None:
+    """What of a reply the template did not write: its words, its reasoning or one of its calls.
+
+    A template that knows of reasoning may leave it out of earlier turns; one that does not know of it drops it.
+    """
+    if reply.get("reasoning_content") and not any(name in template for name in REASONING_FIELDS):
+        return "its reasoning"
     if (reply.get("content") or "").strip() not in block:
         return "what the assistant says"
     calls = [call["function"]["name"] for call in reply.get("tool_calls") or []]

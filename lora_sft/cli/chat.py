@@ -2,19 +2,23 @@
 
 import click
 
-from lora_sft.cli.options import json_option, print_json
+from lora_sft.cli.options import json_option, model_options, print_json, reply_options
 
 
 @click.command("chat")
 @click.argument("path")
-@click.option("--system", default=None, help="System prompt.")
-@click.option("--max-new-tokens", default=512, show_default=True, help="Longest reply.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 draws.")
-@click.option("--top-p", default=1.0, show_default=True, help="Draw only from the likeliest tokens of this share.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@reply_options
+@model_options
 @json_option
 def command(
-    path: str, system: str | None, max_new_tokens: int, temperature: float, top_p: float, device: str, as_json: bool
+    path: str,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Talk to PATH, an adapter folder or a model. An empty line or Ctrl-D ends; /new starts anew.
 
@@ -24,7 +28,7 @@ def command(
 
     from lora_sft.api import load
 
-    model = load(path, device)
+    model = load(path, device, trust_remote_code)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while text := _ask():

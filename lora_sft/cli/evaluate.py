@@ -2,7 +2,7 @@
 
 import click
 
-from lora_sft.cli.options import json_option, print_json
+from lora_sft.cli.options import json_option, model_options, print_json
 
 
 @click.command("evaluate")
@@ -12,7 +12,7 @@ from lora_sft.cli.options import json_option, print_json
 @click.option("--max-length", default=2048, show_default=True, help="Longer conversations are left out, and counted.")
 @click.option("--batch-size", default=8, show_default=True, help="Conversations in one forward pass.")
 @click.option("--chat-template", default=None, help="A template's name or file. Unset: the model's own.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@model_options
 @json_option
 def command(
     path: str,
@@ -22,6 +22,7 @@ def command(
     batch_size: int,
     chat_template: str | None,
     device: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Measure PATH, an adapter folder or a model, on the replies of a dataset."""
@@ -34,6 +35,7 @@ def command(
         batch_size=batch_size,
         split=dataset_split,
         device=device,
+        trust_remote_code=trust_remote_code,
         chat_template=chat_template,
     )
     if as_json:

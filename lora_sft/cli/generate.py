@@ -4,19 +4,16 @@ import sys
 
 import click
 
-from lora_sft.cli.options import json_option, print_json
+from lora_sft.cli.options import json_option, model_options, print_json, reply_options
 from lora_sft.errors import DataError
 
 
 @click.command("generate")
 @click.argument("path")
 @click.argument("prompts", nargs=-1)
-@click.option("--system", default=None, help="System prompt.")
-@click.option("--max-new-tokens", default=512, show_default=True, help="Longest reply.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 draws.")
-@click.option("--top-p", default=1.0, show_default=True, help="Draw only from the likeliest tokens of this share.")
+@reply_options
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@model_options
 @json_option
 def command(
     path: str,
@@ -27,6 +24,7 @@ def command(
     top_p: float,
     seed: int,
     device: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Let PATH, an adapter folder or a model, reply to each of PROMPTS; without any, to each line of standard input."""
@@ -37,7 +35,7 @@ def command(
 
     from lora_sft.api import load
 
-    model = load(path, device)
+    model = load(path, device, trust_remote_code)
     set_seed(seed)
     opening = [{"role": "system", "content": system}] if system else []
     replies = []

@@ -2,7 +2,7 @@
 
 import click
 
-from lora_sft.cli.options import json_option, print_json
+from lora_sft.cli.options import json_option, model_options, print_json
 
 
 @click.command("merge")
@@ -15,20 +15,14 @@ from lora_sft.cli.options import json_option, print_json
     show_default=True,
     help="Of the written weights; auto: as in training.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where the result is compared with the adapter.",
-)
+@model_options
 @json_option
-def command(adapter: str, output: str, dtype: str, device: str, as_json: bool) -> None:
+def command(adapter: str, output: str, dtype: str, device: str, trust_remote_code: bool, as_json: bool) -> None:
     """Merge the folder ADAPTER into its base, and compare the result with it."""
     from lora_sft.api import merge
     from lora_sft.console import say
 
-    result = merge(adapter, output, dtype=dtype, device=device)
+    result = merge(adapter, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(result)
         return

@@ -26,6 +26,32 @@ def print_json(document: Any) -> None:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
+def model_options(function: Command) -> Command:
+    """Adds what every command needs that loads a trained model: `--device`, `--trust-remote-code`."""
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the base model."),
+        click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
+    ):
+        function = option(function)
+    return function
+
+
+def reply_options(function: Command) -> Command:
+    """Adds how replies are made: `--system`, `--max-new-tokens`, `--temperature`, `--top-p`."""
+    for option in (
+        click.option(
+            "--top-p", default=1.0, show_default=True, help="Draw only from the likeliest tokens of this share."
+        ),
+        click.option(
+            "--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 draws."
+        ),
+        click.option("--max-new-tokens", default=512, show_default=True, help="Longest reply."),
+        click.option("--system", default=None, help="System prompt."),
+    ):
+        function = option(function)
+    return function
+
+
 class SettingsCommand(click.Command):
     """A command that takes an optional YAML file and then any setting as a flag; its help lists them all."""
 

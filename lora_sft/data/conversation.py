@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
-"""`role`, `content` (str or None), and where present `tool_calls`, `reasoning_content`, `name`, `tool_call_id`."""
+"""`role`, `content` (text), and where present `tool_calls`, `reasoning_content`, `name`, `tool_call_id`; `train: False`
+marks a reply that is shown to the model but not learned."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

@@ -66,8 +66,11 @@ def _columns() -> str:
 
 
 def _check(conversation: Conversation) -> None:
-    if not any(message["role"] == "assistant" for message in conversation.messages):
+    replies = [message for message in conversation.messages if message["role"] == "assistant"]
+    if not replies:
         raise DataError(f"{conversation.source}: no assistant turn, so there is nothing to learn")
+    if all(message.get("train") is False for message in replies):
+        raise DataError(f"{conversation.source}: every reply is marked as not learned (weight: 0 or train: false)")
 
 
 # --- layouts ------------------------------------------------------------------------------------------------
@@ -75,14 +78,16 @@ def _check(conversation: Conversation) -> None:
 
 def _from_messages(value: dict[str, Any], source: str) -> Conversation:
     """OpenAI's layout: `messages` of role and content, with `tools`; content may be a list of typed parts."""
-    return Conversation(
-        [
-            _message(message, f"{source}: messages[{index}]")
-            for index, message in enumerate(_list(_json(value["messages"], source), f"{source}: messages"))
-        ],
-        _tools(value.get("tools"), source),
-        source,
-    )
+    messages = [
+        _message(message, f"{source}: messages[{index}]")
+        for index, message in enumerate(_list(_json(value["messages"], source), f"{source}: messages"))
+    ]
+    return Conversation(_system(value) + messages, _tools(value.get("tools"), source), source)
+
+
+def _system(value: dict[str, Any]) -> list[Message]:
+    """A `system` column beside the turns, as their first message."""
+    return [{"role": "system", "content": value["system"]}] if isinstance(value.get("system"), str) else []
 
 
 def _message(message: Any, where: str) -> Message:
@@ -96,12 +101,24 @@ def _message(message: Any, where: str) -> Message:
         message |= _parts(content, where)
     elif not isinstance(content, str):
         raise DataError(f"{where}.content: is {type(content).__name__}, not text or a list of parts")
+    if "function_call" in message:  # the form before tool_calls
+        message["tool_calls"] = [message.pop("function_call")]
     if calls := message.get("tool_calls"):
         message["tool_calls"] = [
             _tool_call(call, f"{where}.tool_calls[{index}]")
             for index, call in enumerate(_list(calls, f"{where}.tool_calls"))
         ]
-    return {"content": "", **message}
+    if message["role"] == "assistant" and not {"content", "tool_calls", "reasoning_content"} & set(message):
+        raise DataError(f"{where}: the assistant says nothing: no content and no tool_calls")
+    return {"content": "", **message, **_whether_learned(message, where)}
+
+
+def _whether_learned(message: Message, where: str) -> Message:
+    """`weight: 0` and `train: false` mark a reply that is not learned; there is nothing between yes and no."""
+    wishes = [message.pop(key) for key in ("weight", "train", "training") if key in message]
+    if any(wish not in (0, 1) for wish in wishes):
+        raise DataError(f"{where}: weight or train is {wishes[0]!r}; a reply is learned (1, true) or not (0, false)")
+    return {"train": False} if any(wish == 0 for wish in wishes) else {}
 
 
 def _parts(parts: list[Any], where: str) -> Message:
@@ -146,7 +163,7 @@ SPEAKERS = {
 
 def _from_sharegpt(value: dict[str, Any], source: str) -> Conversation:
     """ShareGPT: `conversations` of from and value, with `system` and `tools` (often JSON in a string)."""
-    messages: list[Message] = [{"role": "system", "content": value["system"]}] if value.get("system") else []
+    messages = _system(value)
     for index, turn in enumerate(_list(_json(value["conversations"], source), f"{source}: conversations")):
         where = f"{source}: conversations[{index}]"
         if isinstance(turn, dict) and "role" in turn:

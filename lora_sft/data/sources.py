@@ -53,7 +53,7 @@ def _read_path_or_hub(name: str, split: str) -> Iterator[Row]:
             yield from _read_file(file)
     elif path.is_file():
         yield from _read_file(path)
-    elif path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    elif path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise DataError(f"{name}: no such file or folder (looked in {Path.cwd()})")
     else:
         yield from _read_datasets(_from_hub(name, split), split, f"{name}:")
@@ -120,7 +120,7 @@ def _read_table(path: Path) -> Iterator[Row]:
     except (ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     for number, value in enumerate(table.to_pylist(), start=1):
-        yield Row(value, f"{path.name}[{number}]")
+        yield Row(without_nulls(value), f"{path.name}[{number}]")
 
 
 def _from_hub(name: str, split: str) -> Any:
@@ -142,4 +142,13 @@ def _read_datasets(dataset: Any, split: str, prefix: str) -> Iterator[Row]:
             f"a dataset is a path, a hub name, a list of dicts or a datasets object, not {type(dataset).__name__}"
         )
     for number, value in enumerate(dataset, start=1):
-        yield Row(value, f"{prefix}{number}")
+        yield Row(without_nulls(value), f"{prefix}{number}")
+
+
+def without_nulls(value: Any) -> Any:
+    """A row of an Arrow table without its null fields: Arrow gives every struct the keys of all the others."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item) for item in value]
+    return value

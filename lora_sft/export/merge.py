@@ -19,8 +19,8 @@ from lora_sft.console import say
 from lora_sft.data.conversation import Message
 from lora_sft.errors import OutputError, SettingError, VerificationError
 from lora_sft.model.base import BaseSpec, load_base
-from lora_sft.model.loading import load_model, put_adapter, trained_base
-from lora_sft.training.saving import peak_bytes
+from lora_sft.model.device import peak_bytes
+from lora_sft.model.loading import load_adapter, put_adapter, trained_base
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ class Trained:
 
     Attributes:
         adapter_logits, base_logits: of each probe, with and without the adapter; (length, vocabulary) each.
-        quantized: {module: the float32 weight that its quantized weight stands for}.
+        quantized: {module: the weight that its quantized weight stands for}; emptied while it is written.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -78,14 +78,21 @@ class Trained:
     quantized: dict[str, Tensor]
 
 
-def merge_adapter(adapter: str | Path, output: str | Path, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
+def merge_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Merges an adapter into its base.
 
     Args:
         adapter: the adapter folder.
         output: the folder of the merged model; must not exist yet, or be empty.
         dtype: of the written weights: bfloat16, float16 or float32; auto takes that of the training.
-        device: where the two models are compared.
+        device: where the adapter runs on its base; the merged model is summed up and read back on the CPU.
+        trust_remote_code: run Python code that comes with the base.
 
     Returns:
         {"output_dir", "base", "dtype", "verified", "peak_rss_bytes", "seconds"}
@@ -101,27 +108,29 @@ def merge_adapter(adapter: str | Path, output: str | Path, dtype: str = "auto", 
         raise SettingError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output}: exists already; name another folder for the merged model")
-    spec = trained_base(adapter, device)
+    spec = trained_base(adapter, device, trust_remote_code)
     dtype = spec.dtype if dtype == "auto" else dtype
     say("merge", f"onto the base as trained ({spec.quantization or spec.dtype}), summed in float32, written as {dtype}")
 
-    trained = _look_at(adapter, device)
+    trained = _look_at(adapter, spec)
     staged = output.with_name(f".{output.name}.part")
     shutil.rmtree(staged, ignore_errors=True)
-    _write(spec, adapter, trained, dtype, staged)
-    written = load_base(BaseSpec(str(staged), dtype=dtype, device=spec.device)).eval()
-    fidelity = compare(_logits(written, trained.probes), trained.adapter_logits, trained.base_logits)
-    if not fidelity.holds:
-        refused = output.with_name(f"{output.name}.refused")
-        shutil.rmtree(refused, ignore_errors=True)
-        staged.rename(refused)
-        raise VerificationError(
-            f"the merged model is not the adapter: mean KL {fidelity.mean_kl:.2e}, where the adapter's own effect is "
-            f"{fidelity.adapter_effect:.2e}; kept as {refused}"
-        )
-    if output.is_dir():
-        output.rmdir()
-    staged.rename(output)
+    try:
+        _write(spec, adapter, trained, dtype, staged)
+        fidelity = compare(_read_back(staged, spec, trained.probes), trained.adapter_logits, trained.base_logits)
+        if not fidelity.holds:
+            refused = output.with_name(f"{output.name}.refused")
+            shutil.rmtree(refused, ignore_errors=True)
+            staged.rename(refused)
+            raise VerificationError(
+                f"the merged model is not the adapter: mean KL {fidelity.mean_kl:.2e}, where the adapter's own effect "
+                f"is {fidelity.adapter_effect:.2e}; kept as {refused}"
+            )
+        if output.is_dir():
+            output.rmdir()
+        staged.rename(output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     return {
         "output_dir": str(output),
         "base": spec.name,
@@ -132,10 +141,10 @@ def merge_adapter(adapter: str | Path, output: str | Path, dtype: str = "auto", 
     }
 
 
-def _look_at(adapter: Path, device: str) -> Trained:
+def _look_at(adapter: Path, spec: BaseSpec) -> Trained:
     """Loads the adapter on its base as trained, and reads off what the merge needs."""
-    loaded = load_model(adapter, device)
-    probes = [_tokens(loaded.tokenizer, probe).to(loaded.model.device) for probe in PROBES]
+    loaded = load_adapter(adapter, spec)
+    probes = [_tokens(loaded.tokenizer, probe) for probe in PROBES]
     adapter_logits = _logits(loaded.model, probes)
     with loaded.model.disable_adapter():
         base_logits = _logits(loaded.model, probes)
@@ -147,19 +156,24 @@ def _write(spec: BaseSpec, adapter: Path, trained: Trained, dtype: str, folder: 
     """Base as trained + update, in float32 on the CPU → `folder`, as safetensors of `dtype`."""
     base = load_base(replace(spec, quantization=None, device="cpu")).float()
     with torch.no_grad():
-        for name, weight in trained.quantized.items():
-            base.get_submodule(name).weight.copy_(weight)
-    model = (
-        put_adapter(base, adapter, len(trained.tokenizer)).merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-    )
+        for name in list(trained.quantized):
+            base.get_submodule(name).weight.copy_(trained.quantized.pop(name))
+    model = put_adapter(base, adapter, len(trained.tokenizer)).merge_and_unload(safe_merge=True)
+    model = model.to(getattr(torch, dtype))
     model.generation_config = trained.generation_config
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)
 
 
+def _read_back(folder: Path, spec: BaseSpec, probes: Sequence[Tensor]) -> list[Tensor]:
+    """Logits of what was written, computed in float32 on the CPU."""
+    written = BaseSpec(str(folder), trust_remote_code=spec.trust_remote_code)
+    return _logits(load_base(written).eval(), probes)
+
+
 def dequantized_weights(model: Any) -> dict[str, Tensor]:
-    """{module name in the plain model: float32 weight that its quantized weight stands for}, on the CPU."""
+    """{module name in the plain model: the weight that its quantized weight stands for}, on the CPU."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -168,7 +182,6 @@ def dequantized_weights(model: Any) -> dict[str, Tensor]:
             module.weight, getattr(module, "state", None)
         )
         .detach()
-        .float()
         .cpu()
         for name, module in model.named_modules()
         if isinstance(module, (Linear4bit, Linear8bitLt))
@@ -194,13 +207,14 @@ def _mean_kl(logits: Tensor, reference: Tensor) -> float:
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", message: Message) -> Tensor:
-    ids: Tensor = tokenizer.apply_chat_template(
-        [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"]
-    return ids
+    """A probe as token ids, (1, length); as plain text where there is no chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(message["content"], return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
+    prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return prompt["input_ids"]  # type: ignore[no-any-return]
 
 
 def _logits(model: Any, probes: Sequence[Tensor]) -> list[Tensor]:
     """Logits of each probe in float32 on the CPU, (length, vocabulary)."""
     with torch.inference_mode():
-        return [model(input_ids=probe, use_cache=False).logits[0].float().cpu() for probe in probes]
+        return [model(input_ids=probe.to(model.device), use_cache=False).logits[0].float().cpu() for probe in probes]

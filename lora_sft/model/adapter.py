@@ -9,6 +9,7 @@ from lora_sft.config import RunConfig
 from lora_sft.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -136,15 +137,25 @@ def attach(model: "PreTrainedModel", settings: "LoraConfig", seed: int) -> "Peft
     Raises:
         ModelError: PEFT cannot adapt what was asked for.
     """
+    import torch
     from peft import get_peft_model
     from transformers import set_seed
 
     set_seed(seed)
     try:
         # EVA fills the weights itself; until then they need no memory.
-        return get_peft_model(model, settings, low_cpu_mem_usage=settings.init_lora_weights == "eva")
+        adapted = get_peft_model(model, settings, low_cpu_mem_usage=settings.init_lora_weights == "eva")
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the adapter cannot be attached: {error}") from None
+    set_dtype(adapted, torch.float32)
+    return adapted
+
+
+def set_dtype(model: "PeftModel", dtype: "torch.dtype") -> None:
+    """Casts what is trained besides LoRA matrices (PEFT keeps those in float32): whole modules, biases, new tokens."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def describe_trained(model: "PeftModel") -> str:

@@ -1,14 +1,14 @@
 """Settings → the base model: first what can be known without its weights, then the weights."""
 
 import logging
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sft.config import RunConfig
 from lora_sft.console import say
 from lora_sft.errors import ModelError
+from lora_sft.model.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,60 +38,6 @@ class BaseSpec:
     device: str = "cpu"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for a JSON file."""
-        return asdict(self)
-
-
-def choose_device(wanted: str) -> str:
-    """`auto`, `cuda` or `cpu` → `cuda:N` or `cpu`. With several GPUs, each process of a launcher has its own.
-
-    Raises:
-        ModelError: CUDA was asked for and is not there.
-    """
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        built = (
-            "this PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to this process"
-        )
-        raise ModelError(f"device: cuda is asked for, but {built}; install a CUDA build of PyTorch, or set device: cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-        say(
-            "device",
-            f"cuda:0, the first of {torch.cuda.device_count()} GPUs; `accelerate launch -m lora_sft train …` uses "
-            "all of them",
-        )
-    return f"cuda:{rank}"
-
-
-def choose_dtype(bf16: bool | None, fp16: bool | None, device: str) -> tuple[str, str]:
-    """The dtype of the arithmetic, and why.
-
-    Raises:
-        ModelError: the device cannot do what was asked for.
-    """
-    import torch
-
-    if bf16:
-        if device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ModelError("bf16 is asked for, but this GPU has no bfloat16; use fp16, or leave both unset")
-        return "bfloat16", "asked for"
-    if fp16:
-        if device == "cpu":
-            raise ModelError("fp16 is asked for, but training in float16 needs a GPU; use bf16, or leave both unset")
-        return "float16", "asked for"
-    if device == "cpu":
-        return "float32", "on the CPU"
-    if bf16 is None and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16", "this GPU supports it"
-    if fp16 is None:
-        return "float16", "this GPU has no bfloat16"
-    return "float32", "16-bit arithmetic is switched off"
 
 
 def name_base(config: RunConfig) -> BaseSpec:
@@ -186,12 +132,28 @@ def read_config(spec: BaseSpec) -> "PretrainedConfig":
 
 
 def skeleton(config: "PretrainedConfig", spec: BaseSpec) -> "PreTrainedModel":
-    """The model without storage (on the `meta` device): module names and shapes, in well under a second."""
+    """The model without storage (on the `meta` device): module names and shapes, in well under a second.
+
+    Raises:
+        ModelError: what the settings ask for is not installed or not known.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=spec.trust_remote_code, attn_implementation=spec.attn_implementation
+            )
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"model {spec.name}: cannot be built: {_first_line(error)}") from None
+
+
+def grow_vocabulary(model: "PreTrainedModel", tokens: int) -> None:
+    """Adds rows to the embeddings (and the head) for tokens that have none; drawn around the mean of the others."""
+    if tokens > model.get_input_embeddings().num_embeddings:
+        on_meta = model.device.type == "meta"
+        model.resize_token_embeddings(tokens, mean_resizing=not on_meta)
 
 
 def load_base(spec: BaseSpec) -> "PreTrainedModel":
@@ -214,7 +176,7 @@ def load_base(spec: BaseSpec) -> "PreTrainedModel":
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise ModelError(f"model {spec.name}: the weights cannot be read: {_first_line(error)}") from None
     keep_weights_unpacked(model)
     return model

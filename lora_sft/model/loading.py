@@ -1,13 +1,14 @@
 """A folder or hub name → model and tokenizer, ready to talk: an adapter on its base, or a whole model."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sft.config import RunConfig
 from lora_sft.errors import ModelError
-from lora_sft.model.base import BaseSpec, choose_base, choose_device, choose_dtype, load_base, read_config
+from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, load_base, read_config
+from lora_sft.model.device import choose_device, choose_dtype
 from lora_sft.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -25,39 +26,47 @@ class Loaded:
         tokenizer: with the chat template that was trained.
         base: how the base model was loaded.
         is_adapter: whether `model` is an adapter on a base.
+        template_variables: those that the chat template was given in training.
     """
 
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
     base: BaseSpec
     is_adapter: bool
+    template_variables: dict[str, Any] = field(default_factory=dict)
 
 
-def load_model(path: str | Path, device: str = "auto") -> Loaded:
+def load_model(path: str | Path, device: str = "auto", trust_remote_code: bool = False) -> Loaded:
     """An adapter folder is loaded on its base as it was trained; any other model in 16 bits (on the CPU in 32).
 
     Raises:
         ModelError: nothing there, or not a model.
     """
     if (Path(path) / "adapter_config.json").is_file():
-        return _load_adapter(Path(path), device)
-    spec = choose_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False, device=device))  # type: ignore[arg-type]
+        return load_adapter(Path(path), trained_base(Path(path), device, trust_remote_code))
+    spec = choose_base(
+        RunConfig(model_name_or_path=str(path), load_in_4bit=False, device=device, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    )
     read_config(spec)
     return Loaded(load_base(spec).eval(), load_tokenizer(spec), spec, is_adapter=False)
 
 
-def _load_adapter(folder: Path, device: str) -> Loaded:
+def load_adapter(folder: Path, spec: BaseSpec) -> Loaded:
+    """An adapter folder on the base of `spec`; what lies in the folder (tokenizer, template, stop tokens) comes first.
+
+    Raises:
+        ModelError: the base cannot be had, or the adapter does not fit it.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
-    spec = trained_base(folder, device)
     read_config(spec)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else load_tokenizer(spec)
     base = load_base(spec)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = put_adapter(base, folder, len(tokenizer))
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        base.generation_config = model.generation_config
-    return Loaded(model.eval(), tokenizer, spec, is_adapter=True)
+        base.generation_config = model.generation_config = GenerationConfig.from_pretrained(folder)
+    return Loaded(model.eval(), tokenizer, spec, True, _manifest(folder).get("chat_template_kwargs", {}))
 
 
 def put_adapter(base: "PreTrainedModel", folder: Path, vocabulary_size: int) -> Any:
@@ -68,16 +77,17 @@ def put_adapter(base: "PreTrainedModel", folder: Path, vocabulary_size: int) -> 
     """
     from peft import PeftModel
 
-    if vocabulary_size > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(vocabulary_size)
+    grow_vocabulary(base, vocabulary_size)
     try:
         return PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
 
 
-def trained_base(folder: Path, device: str = "auto") -> BaseSpec:
+def trained_base(folder: Path, device: str = "auto", trust_remote_code: bool = False) -> BaseSpec:
     """How the base of an adapter was loaded in training, from `manifest.json`; for a foreign adapter the default.
+
+    Whether code that comes with the base may run is never read from the adapter: whoever loads it says so.
 
     Raises:
         ModelError: the folder holds no adapter.
@@ -85,14 +95,27 @@ def trained_base(folder: Path, device: str = "auto") -> BaseSpec:
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: no adapter here (no adapter_config.json)")
     device = choose_device(device)
-    if (folder / MANIFEST).is_file():
-        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["base"]
+    if recorded := _manifest(folder).get("base"):
         spec = BaseSpec(**{name: recorded[name] for name in BaseSpec.__dataclass_fields__})
-        # An adapter trained on a GPU also talks on the CPU, where float16 has no kernels.
+        # An adapter trained on a GPU also talks on the CPU, where float16 lacks kernels.
         dtype = "float32" if device == "cpu" and spec.dtype == "float16" else spec.dtype
-        return replace(spec, device=device, dtype=dtype, attn_implementation=None)
+        revision = recorded.get("commit") or spec.revision
+        return replace(
+            spec,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            attn_implementation=None,
+            trust_remote_code=trust_remote_code,
+        )
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if not adapter.get("base_model_name_or_path"):
         raise ModelError(f"{folder}: adapter_config.json does not name the base model (base_model_name_or_path)")
     dtype, _ = choose_dtype(None, None, device)
-    return BaseSpec(adapter["base_model_name_or_path"], adapter.get("revision"), dtype=dtype, device=device)
+    name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    return BaseSpec(name, revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -72,9 +72,10 @@ def prepare_speech(
     Raises:
         TemplateError: no template, one without marks, or one whose stop token the vocabulary lacks.
     """
-    new_ids = _add_tokens(tokenizer, new_tokens or [])
-    if chat_template is not None:
-        _use_template(tokenizer, find_template(chat_template))
+    template = find_template(chat_template) if chat_template is not None else None
+    new_ids = _add_tokens(tokenizer, new_tokens or [], template.text if template else str(tokenizer.chat_template))
+    if template is not None:
+        _use_template(tokenizer, template)
     check_marks(plain_template(tokenizer))
     stops = stop_tokens_of(tokenizer, generation_config.eos_token_id if generation_config else None)
     if not stops:
@@ -91,12 +92,14 @@ def prepare_speech(
     return Speech(tokenizer, stops, new_ids)
 
 
-def _add_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str]) -> list[int]:
+def _add_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str], template: str) -> list[int]:
+    """Adds what is missing. A token that the template writes is a special one, which a reply is shown without."""
     known = tokenizer.get_vocab()
     missing = [token for token in tokens if token not in known]
     if present := [token for token in tokens if token in known]:
         say("new tokens", f"{', '.join(present)} was in the vocabulary before")
-    tokenizer.add_tokens(missing, special_tokens=True)
+    tokenizer.add_tokens([token for token in missing if token in template], special_tokens=True)
+    tokenizer.add_tokens([token for token in missing if token not in template])
     return [int(i) for i in tokenizer.convert_tokens_to_ids(tokens)]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,27 +34,37 @@ def batches(
         yield pad(examples[start : start + size], pad_token_id, device)
 
 
-def measure(model: Any, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> dict[str, float]:
-    """{"loss" in nats a token, "perplexity", "token_accuracy", "supervised_tokens"} of a model on examples.
+class Sums(NamedTuple):
+    """Sums over supervised tokens, from which means are made: negative log-likelihood in nats, right ones, all."""
 
-    The model's mode is left as it was.
-    """
+    nll: float
+    correct: float
+    tokens: float
+
+
+def measure(model: Any, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> dict[str, float]:
+    """{"loss" in nats a token, "perplexity", "token_accuracy", "supervised_tokens"} of a model on examples."""
+    sums = sum_up(model, examples, pad_token_id, batch_size)
+    mean = sums.nll / max(sums.tokens, 1)
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "token_accuracy": sums.correct / max(sums.tokens, 1),
+        "supervised_tokens": int(sums.tokens),
+    }
+
+
+def sum_up(model: Any, examples: Sequence[Example], pad_token_id: int, batch_size: int) -> Sums:
+    """Sums over the supervised tokens of examples. The model's mode is left as it was."""
     was_training = model.training
     model.eval()
-    nll = correct = tokens = 0.0
+    sums = Sums(0.0, 0.0, 0.0)
     try:
         with torch.inference_mode():
             for batch in batches(examples, batch_size, pad_token_id, model.device):
                 loss, _ = forward_loss(model, batch)
-                nll += loss.nll.item()
-                correct += loss.correct.item()
-                tokens += loss.tokens.item()
+                found = (loss.nll.item(), loss.correct.item(), loss.tokens.item())
+                sums = Sums(*(old + new for old, new in zip(sums, found, strict=True)))
     finally:
         model.train(was_training)
-    mean = nll / max(tokens, 1)
-    return {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 700.0)),
-        "token_accuracy": correct / max(tokens, 1),
-        "supervised_tokens": int(tokens),
-    }
+    return sums

@@ -1,5 +1,6 @@
 """Settings → all that is known of a run before a weight is read. Whatever can be wrong is found here."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from lora_sft.data.sources import read_rows
 from lora_sft.data.split import split_off
 from lora_sft.errors import DataError, ModelError
 from lora_sft.model.adapter import attach, check_targets, count_parameters, lora_config
-from lora_sft.model.base import BaseSpec, choose_base, name_base, read_config, skeleton
+from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, name_base, read_config, skeleton
+from lora_sft.model.device import choose_device
 from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
 from lora_sft.training.preparation import Prepared, prepare, some
 from lora_sft.training.trainer import training_arguments
@@ -46,6 +48,15 @@ class Job:
     trained_parameters: int
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        micro_batch = self.config.per_device_train_batch_size * int(self.arguments.world_size)
+        batches = math.ceil(len(self.train.examples) / micro_batch)
+        return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
+
+    @property
     def output_bytes(self) -> int:
         """What adapter and checkpoints take on disk: float32 weights, and with each checkpoint two AdamW moments."""
         kept = 0 if self.config.save_strategy == "no" else (self.config.save_total_limit or 10) + 1
@@ -75,13 +86,15 @@ def make_job(
     lora = lora_config(config, speech.new_token_ids, shape)
     trained = _rehearse(lora, shape, speech) if model is None else 0
     kept, held_out = _conversations(config, dataset, eval_dataset)
+    train, evaluation = _prepare(kept, speech, config), _prepare(held_out, speech, config) if held_out else None
+    _check_positions(shape, [train, evaluation] if evaluation else [train])
     arguments = training_arguments(config, spec.device, spec.dtype, bool(held_out))
     return Job(
         config,
         spec,
         speech,
-        _prepare(kept, speech, config),
-        _prepare(held_out, speech, config) if held_out else None,
+        train,
+        evaluation,
         lora,
         arguments,
         trained,
@@ -111,29 +124,42 @@ def _rehearse(lora: "LoraConfig", shape: "PreTrainedModel", speech: Speech) -> i
     rows, tokens = shape.get_input_embeddings().num_embeddings, len(speech.tokenizer)
     if tokens - len(speech.new_token_ids) > rows:
         raise ModelError(f"the tokenizer knows {tokens} tokens, the model embeds {rows}: they do not belong together")
-    if tokens > rows:
-        shape.resize_token_embeddings(tokens, mean_resizing=False)
+    grow_vocabulary(shape, tokens)
     rehearsal = copy.deepcopy(lora)
     rehearsal.init_lora_weights = True  # the other starts compute on weights, and there are none
     return count_parameters(attach(shape, rehearsal, seed=0))[0]
 
 
 def spec_of(model: "PreTrainedModel", config: RunConfig) -> BaseSpec:
-    """A model that was given loaded → how it was loaded."""
+    """A model that was given loaded → how it was loaded; one on the CPU is moved to the GPU that is asked for.
+
+    Raises:
+        ModelError: the settings ask for another quantization or device than the model has.
+    """
     method = getattr(model.config, "quantization_config", None)
     quantization = None
     if method is not None:
         quantization = (
             "int8" if getattr(method, "load_in_8bit", False) else getattr(method, "bnb_4bit_quant_type", None)
         )
+    if (config.load_in_4bit and quantization not in ("nf4", "fp4")) or (config.load_in_8bit and quantization != "int8"):
+        raise ModelError("a model that is given loaded cannot be quantized any more; give its folder or hub name")
+    if config.start_needs_whole_base and quantization:
+        raise ModelError(f"lora_init {config.lora_init} needs an unquantized base, and this one is {quantization}")
+    device = choose_device(config.device)
+    if model.device.type != device.partition(":")[0]:
+        if quantization:
+            raise ModelError(f"the model is quantized on {model.device}, and cannot be moved to {device}")
+        model.to(device)
     dtype = str(model.dtype).removeprefix("torch.")
-    say("base", f"as given: {dtype}{f', {quantization}' if quantization else ''}")
+    dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else dtype
+    say("base", f"as given: {dtype}{f', {quantization}' if quantization else ''}, on {device}")
     return BaseSpec(
         name=str(model.name_or_path or config.model_name_or_path or ""),
         quantization=quantization,
         double_quant=bool(getattr(method, "bnb_4bit_use_double_quant", False)),
         dtype=dtype,
-        device=str(model.device),
+        device=device,
     )
 
 
@@ -143,8 +169,20 @@ def _conversations(config: RunConfig, dataset: Any, eval_dataset: Any) -> tuple[
         raise DataError("no data: give conversations with dataset (--dataset), a file, a folder or a hub name")
     conversations = to_conversations(read_rows(source, config.dataset_split))
     if (aside := config.eval_dataset if eval_dataset is None else eval_dataset) is not None:
-        return conversations, to_conversations(read_rows(aside, config.dataset_split))
+        split = config.eval_dataset_split or config.dataset_split
+        same = aside is source or (isinstance(aside, str) and aside == source)
+        if same and split == config.dataset_split:
+            raise DataError("eval_dataset is the dataset that is trained on; use eval_size to keep a part of it out")
+        return conversations, to_conversations(read_rows(aside, split))
     return split_off(conversations, config.eval_size, config.seed) if config.eval_size else (conversations, [])
+
+
+def _check_positions(shape: "PreTrainedModel", prepared: Sequence[Prepared]) -> None:
+    """No example may be longer than the model has positions."""
+    positions = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(example.input_ids) for part in prepared for example in part.examples)
+    if positions and longest > positions:
+        raise DataError(f"the longest example has {longest} tokens, the model {positions} positions; lower max_length")
 
 
 def _prepare(conversations: Sequence[Conversation], speech: Speech, config: RunConfig) -> Prepared:

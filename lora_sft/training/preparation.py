@@ -20,7 +20,7 @@ class Prepared:
         too_long: sources of the rows dropped because they exceed `max_length`.
         without_reply: sources of the rows dropped because no supervised token is left in them.
         cut: how many rows lost their end.
-        first: the first conversation as it is rendered, to be looked at.
+        first: the first example as text, to be looked at.
     """
 
     examples: list[Example]
@@ -85,7 +85,6 @@ def prepare(
     examples: list[Example] = []
     too_long, without_reply, cut, first = [], [], 0, None
     for conversation, text in render_all(conversations, speech, variables or {}):
-        first = first or text
         if text.notes:
             note = text.notes[0]
             raise TemplateError(
@@ -98,6 +97,7 @@ def prepare(
         elif example.supervised_tokens == 0:
             without_reply.append(conversation.source)
         else:
+            first = first or text
             cut += example.cut > 0
             examples.append(example)
     if too_long and truncation == "error":

@@ -34,10 +34,18 @@ class MetricsFile:
         self.path = path
         self.lines: list[dict[str, Any]] = []
 
+    def _until(self, step: int) -> list[dict[str, Any]]:
+        """The lines in the file up to a step."""
+        kept = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.is_file() else []
+        return [line for line in map(json.loads, kept) if line["step"] <= step]
+
+    def last_until(self, step: int) -> dict[str, Any]:
+        """The last line with a training loss up to a step; empty if there is none."""
+        return next((line for line in reversed(self._until(step)) if "loss" in line), {})
+
     def started(self, total_steps: int, first_step: int) -> None:
         """A resumed run goes on in the same file, without the lines of the steps that it repeats."""
-        kept = self.path.read_text(encoding="utf-8").splitlines() if first_step and self.path.is_file() else []
-        self.lines = [line for line in map(json.loads, kept) if line["step"] <= first_step]
+        self.lines = self._until(first_step)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def stepped(self, step: int) -> None:

@@ -6,11 +6,13 @@ import json
 import platform
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_sft.model.device import device_name
 from lora_sft.training.job import Job
 from lora_sft.training.output import OutputFolder
 
@@ -80,7 +82,7 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
     data = job.train
     return {
         "base": {
-            **job.spec.as_dict(),
+            **asdict(job.spec),
             "commit": commit_of(model),
             "config_sha256": _sha256(model.config.to_json_string()),
         },
@@ -94,12 +96,13 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
             "cut": data.cut,
             "evaluation_examples": len(job.evaluation.examples) if job.evaluation else 0,
         },
+        "chat_template_kwargs": job.config.chat_template_kwargs,
         "chat_template_sha256": _sha256(str(job.speech.tokenizer.chat_template)),
         "stop_tokens": job.speech.stop_tokens,
         "result": result,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
-            "device": _device_name(job.spec.device),
+            "device": device_name(job.spec.device),
             "cpu_threads": torch.get_num_threads(),
             "platform": platform.platform(),
         },
@@ -111,17 +114,6 @@ def commit_of(model: Any) -> str | None:
     return getattr(model.config, "_commit_hash", None)
 
 
-def peak_bytes(device: str) -> int:
-    """The most memory in use so far: allocated on the GPU, or resident in this process."""
-    if device != "cpu":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -131,7 +123,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _device_name(device: str) -> str:
-    return platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)

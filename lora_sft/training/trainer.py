@@ -3,12 +3,13 @@
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -16,6 +17,7 @@ from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.errors import RunError, SettingError
 from lora_sft.model.tokenizer import Speech
+from lora_sft.training.evaluation import sum_up
 from lora_sft.training.loss import Loss, forward_loss
 from lora_sft.training.progress import Listener, Reporter
 
@@ -44,6 +46,29 @@ class Tally:
         self.tokens = self.tokens + tokens
 
 
+class Seen(NamedTuple):
+    """What was trained on: summed negative log-likelihood in nats, right tokens, supervised tokens, all tokens."""
+
+    nll: float = 0.0
+    correct: int = 0
+    supervised: int = 0
+    tokens: int = 0
+
+    def plus(self, other: "Seen") -> "Seen":
+        """Both together."""
+        return Seen(
+            self.nll + other.nll,
+            self.correct + other.correct,
+            self.supervised + other.supervised,
+            self.tokens + other.tokens,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean over the supervised tokens, in nats."""
+        return self.nll / max(self.supervised, 1)
+
+
 class Trainer(SFTTrainer):
     """TRL's trainer with our loss, exact means over tokens, float32 adapters, and no telemetry."""
 
@@ -51,11 +76,17 @@ class Trainer(SFTTrainer):
     loss_is_scaled_for_ga = True
     optimizer: Any
 
-    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        eval_examples: Sequence[Example] = (),
+        loraplus_lr_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._eval_examples = eval_examples
         self._loraplus_lr_ratio = loraplus_lr_ratio
-        self._tallies = {"train": Tally(), "eval": Tally()}
-        self.tokens_seen = self.supervised_tokens_seen = 0
-        self.nll_seen = 0.0
+        self._tally = Tally()
+        self.seen = Seen()
         model = kwargs["model"]
         trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(*args, **kwargs)
@@ -101,9 +132,8 @@ class Trainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch, divided by the supervised tokens of the whole optimizer step."""
-        mode = "train" if self.model.training else "eval"
         loss, output = forward_loss(model, inputs, num_items_in_batch)
-        self._tallies[mode].add(loss, inputs["attention_mask"].sum())
+        self._tally.add(loss, inputs["attention_mask"].sum())
         value = loss.value
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages the gradients of the ranks, and the count is of all of them together.
@@ -113,44 +143,58 @@ class Trainer(SFTTrainer):
             value = value + self.router_aux_loss_coef * output.aux_loss / steps  # type: ignore[attr-defined]
         return (value, output) if return_outputs else value
 
-    def _take(self, mode: str) -> dict[str, float]:
-        """Empties a tally → sums over all ranks."""
-        tally, self._tallies[mode] = self._tallies[mode], Tally()
-        sums = torch.tensor([float(tally.nll), float(tally.correct), float(tally.supervised), float(tally.tokens)])
-        total = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
-        return dict(zip(("nll", "correct", "supervised", "tokens"), total, strict=True))
+    def _over_all_ranks(self, *sums: Tensor | float) -> list[float]:
+        """Sums of this process → sums of all of them."""
+        here = torch.tensor([float(value) for value in sums], device=self.args.device)
+        return self.accelerator.reduce(here, "sum").tolist()  # type: ignore[no-any-return]
 
-    def count_seen(self) -> dict[str, float]:
-        """Sums over what was trained on since the last call, also added to the totals of the run."""
-        seen = self._take("train")
-        self.tokens_seen += int(seen["tokens"])
-        self.supervised_tokens_seen += int(seen["supervised"])
-        self.nll_seen += seen["nll"]
-        return seen
+    def count_seen(self) -> Seen:
+        """What was trained on since the last call; it is also added to `seen`, the whole of the run.
+
+        Raises:
+            RunError: the loss is not a number.
+        """
+        tally, self._tally = self._tally, Tally()
+        nll, correct, supervised, tokens = self._over_all_ranks(
+            tally.nll, tally.correct, tally.supervised, tally.tokens
+        )
+        if not math.isfinite(nll):
+            raise RunError(
+                f"the loss is {nll} at step {self.state.global_step}: lower learning_rate, or look for NaN in the base"
+            )
+        now = Seen(nll, int(correct), int(supervised), int(tokens))
+        self.seen = self.seen.plus(now)
+        return now
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds token accuracy and the token counts to what the trainer logs."""
+        """Replaces the loss by the exact mean over tokens, and adds token accuracy and the totals of the run."""
         if "loss" in logs:
-            seen = self.count_seen()
-            if not math.isfinite(seen["nll"]):
-                raise RunError(
-                    f"the loss is {seen['nll']} at step {self.state.global_step}: lower learning_rate, or look for "
-                    "NaN in the base model"
-                )
-            logs["loss"] = seen["nll"] / max(seen["supervised"], 1)
-            logs["mean_token_accuracy"] = seen["correct"] / max(seen["supervised"], 1)
-            logs["num_tokens"] = self.tokens_seen
+            now = self.count_seen()
+            logs["loss"] = now.loss
+            logs["mean_token_accuracy"] = now.correct / max(now.supervised, 1)
+            logs["num_tokens"] = self.seen.tokens
+            logs["num_supervised_tokens"] = self.seen.supervised
+            logs["train_loss"] = self.seen.loss
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The evaluation with means over tokens; transformers' own weighs a short row like a long one."""
-        self._tallies["eval"] = Tally()
-        output = super().evaluation_loop(*args, **kwargs)
-        seen = self._take("eval")
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = seen["nll"] / max(seen["supervised"], 1)
-        output.metrics[f"{prefix}_mean_token_accuracy"] = seen["correct"] / max(seen["supervised"], 1)
-        return output
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The evaluation with means over tokens, each row once.
+
+        transformers' own weighs a short row like a long one, and with several processes counts some rows twice.
+        """
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        mine = self._eval_examples[rank::ranks]
+        pad_token_id = self.processing_class.pad_token_id
+        with self.compute_loss_context_manager():
+            sums = sum_up(self.model, mine, pad_token_id, self.args.per_device_eval_batch_size)
+        nll, correct, tokens = self._over_all_ranks(*sums)
+        metrics = {
+            f"{metric_key_prefix}_loss": nll / max(tokens, 1),
+            f"{metric_key_prefix}_mean_token_accuracy": correct / max(tokens, 1),
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self._eval_examples))
 
 
 def build_trainer(
@@ -171,6 +215,7 @@ def build_trainer(
         args=arguments,
         train_dataset=_table(examples),
         eval_dataset=_table(eval_examples) if eval_examples else None,
+        eval_examples=eval_examples,
         processing_class=speech.tokenizer,
         callbacks=callbacks,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
@@ -237,6 +282,9 @@ def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data
         arguments = SFTConfig(**(given | config.training_args))
     except (TypeError, ValueError, ImportError) as error:
         raise SettingError(f"the training settings do not go together: {error}") from None
+    missing = set(arguments.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise SettingError(f"report_to: {', '.join(sorted(missing))} is not installed; `pip install` it, or use none")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process uses one GPU; several GPUs are used through `accelerate launch`
     return arguments

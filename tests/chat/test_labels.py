@@ -53,6 +53,14 @@ def test_a_token_across_the_start_of_a_reply_is_split_there(tokenizer):
     assert tokenizer.decode(example.input_ids) == "the library"
 
 
+def test_white_space_is_learned_with_tokenizers_that_report_it_as_empty(tokenizer):
+    from tokenizers.processors import ByteLevel
+
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    example = encode(conversation("a", "b:\n        c\n"), tokenizer)
+    assert learned_text(example, tokenizer) == "b:\n        c\n<|im_end|>"
+
+
 def test_max_length_cuts_and_counts(tokenizer):
     whole = encode(conversation("hi", "yo"), tokenizer)
     cut = encode(conversation("hi", "yo"), tokenizer, max_length=5)

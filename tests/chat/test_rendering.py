@@ -72,6 +72,24 @@ def test_stop_tokens_are_the_eos_and_those_of_the_generation_config(tokenizer, t
     assert stop_tokens_of(tokenizer) == ["<|im_end|>", "<|endoftext|>"]
 
 
+def test_a_reply_marked_as_not_learned_is_shown_and_not_learned(tokenizer):
+    messages = conversation("hi", "yo", "and?", "yes")
+    messages[1]["train"] = False
+    rendered = render(messages, tokenizer)
+    assert [rendered.text[start:end] for start, end in rendered.supervised] == ["yes<|im_end|>"]
+    assert "yo<|im_end|>" in rendered.text
+
+
+def test_reasoning_that_a_template_does_not_know_is_noted(tokenizer):
+    messages = conversation("hi", "yo")
+    messages[1]["reasoning_content"] = "hm"
+    template = OPEN + "{{ m.content }}<|im_end|>" + CLOSE
+    assert [note.words for note in render(messages, tokenizer, chat_template=template).notes] == [
+        "the template leaves out its reasoning"
+    ]
+    assert not render(messages, tokenizer).notes
+
+
 def test_variables_reach_the_template(tokenizer):
     template = "{% if loud %}LOUD {% endif %}" + OPEN + "{{ m.content }}<|im_end|>" + CLOSE
     assert render(conversation("hi", "yo"), tokenizer, chat_template=template, loud=True).text.startswith("LOUD user")

@@ -75,9 +75,30 @@ def test_arguments_written_as_text_become_an_object():
     assert found.messages[0] == {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALL}]}
 
 
+def test_the_old_function_call_becomes_a_tool_call():
+    found = read(
+        {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}]}
+    )
+    assert found.messages[0]["tool_calls"][0]["function"] == {"name": "add", "arguments": {}}
+
+
+def test_a_system_column_comes_first():
+    found = read({"system": "S", "messages": [{"role": "assistant", "content": "yo"}]})
+    assert found.messages[0] == {"role": "system", "content": "S"}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}])
+def test_a_reply_can_be_marked_as_not_learned(mark):
+    replies = [{"role": "assistant", "content": "a", **mark}, {"role": "assistant", "content": "b", "weight": 1}]
+    assert [message.get("train", True) for message in read({"messages": replies}).messages] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
+        ({"messages": [{"role": "assistant"}]}, r"messages\[0\]: the assistant says nothing"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "weight or train is 0.5"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "every reply is marked as not learned"),
         ("text", "is str, not an object"),
         ({"text": "x"}, 'has the keys text, but a conversation stands under "messages"'),
         ({"messages": []}, "messages: is not a list with something in it"),

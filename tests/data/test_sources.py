@@ -64,6 +64,19 @@ def test_parquet_and_datasets_objects_are_read(tmp_path):
         assert [row.value for row in read_rows(given)] == [ROW, ROW]
 
 
+def test_arguments_from_a_table_get_no_invented_nulls(tmp_path):
+    rows = [{"arguments": {"x": 1}}, {"arguments": {"y": "z"}}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert [row.value for row in read_rows(tmp_path / "a.parquet")] == rows
+    assert [row.value for row in read_rows(datasets.Dataset.from_list(rows))] == rows
+
+
+def test_a_hub_name_may_have_a_dot(monkeypatch):
+    monkeypatch.setattr("lora_sft.data.sources._from_hub", lambda name, split: [{"name": name, "split": split}])
+    (row,) = read_rows("teknium/OpenHermes-2.5")
+    assert row.value == {"name": "teknium/OpenHermes-2.5", "split": "train"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -9,7 +9,8 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from lora_sft.config import RunConfig
 from lora_sft.errors import ModelError
-from lora_sft.model.base import BaseSpec, choose_base, choose_device, choose_dtype, load_base, read_config
+from lora_sft.model.base import BaseSpec, choose_base, load_base, read_config
+from lora_sft.model.device import choose_device, choose_dtype
 
 
 def choose(base, **settings) -> BaseSpec:
@@ -75,6 +76,22 @@ def test_float16_on_the_cpu_is_refused():
     with pytest.raises(ModelError, match="needs a GPU"):
         choose_dtype(None, True, "cpu")
     assert choose_dtype(True, None, "cpu")[0] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "supported", "dtype"),
+    [
+        (None, None, True, "bfloat16"),
+        (None, None, False, "float16"),
+        (False, None, True, "float32"),
+        (None, False, False, "float32"),
+        (False, True, True, "float16"),
+        (True, None, True, "bfloat16"),
+    ],
+)
+def test_precision_on_a_gpu(bf16, fp16, supported, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert choose_dtype(bf16, fp16, "cuda:0")[0] == dtype
 
 
 def test_a_model_that_cannot_be_had_is_told_before_weights_are_read(base, tmp_path):

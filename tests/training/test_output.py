@@ -32,6 +32,13 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_that_was_broken_off_can_go_on(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    with pytest.raises(OutputError, match="was broken off; go on with resume_from_checkpoint: true"):
+        OutputFolder(str(tmp_path))
+
+
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
@@ -74,9 +81,11 @@ def test_of_several_processes_only_the_main_one_writes(tmp_path, monkeypatch):
     main.release()
 
 
-def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+def test_the_last_checkpoint_is_the_whole_one_of_the_highest_step(tmp_path):
     folder = OutputFolder(str(tmp_path / "a"))
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
         (folder.path / name).mkdir()
+        if name != "checkpoint-11":  # broken off while it was written
+            (folder.path / name / "trainer_state.json").write_text("{}")
     assert folder.last_checkpoint() == folder.path / "checkpoint-10"
     folder.release()

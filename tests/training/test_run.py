@@ -1,6 +1,7 @@
 """A run can be repeated, resumed and taken elsewhere; its folder tells how it came about."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_sft import finetune, load
-from lora_sft.errors import OutputError
+from lora_sft.errors import ModelError, OutputError, SettingError
+from lora_sft.model.loading import trained_base
 from lora_sft.settings import resolve
+from lora_sft.training.trainer import build_trainer
 from tests.conftest import FEW, HARBOUR, logged, sums
 
 
@@ -114,6 +117,53 @@ def test_a_loaded_model_is_trained_in_place(base, tmp_path):
     assert load(run.output_dir).chat("hi", max_new_tokens=3) == run.chat("hi", max_new_tokens=3)
 
 
+def test_a_loaded_model_is_not_quantized_behind_your_back(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with pytest.raises(ModelError, match="cannot be quantized any more; give its folder or hub name"):
+        finetune(model, sums(4), tokenizer=tokenizer, output_dir=tmp_path / "run", **FEW | {"load_in_4bit": True})
+
+
+def test_code_that_comes_with_a_base_never_runs_because_an_adapter_says_so(run, tmp_path):
+    moved = shutil.copytree(run.output_dir, tmp_path / "moved")
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["base"]["trust_remote_code"] = True
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    assert trained_base(moved).trust_remote_code is False
+    assert trained_base(moved, trust_remote_code=True).trust_remote_code is True
+
+
+def test_the_recorded_commit_is_what_is_loaded(run, tmp_path):
+    moved = shutil.copytree(run.output_dir, tmp_path / "moved")
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["base"] |= {"revision": "main", "commit": "abc123"}
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    assert trained_base(moved).revision == "abc123"
+
+
+def test_whole_modules_are_trained_in_float32_too(base, tmp_path, monkeypatch):
+    """In bfloat16 an update far below a rounding step would be lost."""
+    seen = []
+    monkeypatch.setattr(
+        "lora_sft.training.run.build_trainer",
+        lambda model, *rest: seen.extend(model.named_parameters()) or build_trainer(model, *rest),
+    )
+    run = finetune(
+        base, sums(4), output_dir=tmp_path / "run", **FEW | {"bf16": True, "lora_modules_to_save": "lm_head"}
+    )
+    assert {p.dtype for name, p in load_file(run.output_dir / "adapter_model.safetensors").items()} == {torch.float32}
+    assert len([name for name, _ in seen if "modules_to_save" in name]) == 1
+    assert run.chat("hi", max_new_tokens=2) is not None
+
+
+def test_variables_of_the_template_are_remembered(base, tmp_path):
+    template = (base / "chat_template.jinja").read_text()
+    (tmp_path / "loud.jinja").write_text(template + "{% if loud %}LOUD{% endif %}")
+    settings = FEW | {"chat_template": str(tmp_path / "loud.jinja"), "chat_template_kwargs": {"loud": True}}
+    run = finetune(base, sums(4), output_dir=tmp_path / "run", **settings)
+    assert load(run.output_dir).template_variables == run.template_variables == {"loud": True}
+
+
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(base, tmp_path):
     whole = finetune(
         base,
@@ -137,7 +187,23 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(base, tmp_path):
     assert not (folder / "manifest.json").exists()
     resumed = finetune(base, sums(12), output_dir=folder, resume_from_checkpoint=True, **settings)
     assert adapter_bytes(resumed.output_dir) == adapter_bytes(whole.output_dir)
-    assert [line["loss"] for line in logged(folder)] == [line["loss"] for line in logged(tmp_path / "whole")]
+    for ours, theirs in zip(logged(folder), logged(tmp_path / "whole"), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs.pop("train_loss"), rel=1e-6)
+        assert all(ours[name] == theirs[name] for name in theirs if name != "tokens_per_second")
+    for name in ("steps", "tokens", "supervised_tokens", "first_loss", "last_loss"):
+        assert resumed.metrics[name] == whole.metrics[name]
+    before = adapter_bytes(folder)
+    with pytest.raises(OutputError, match="is at step 6 of 6: finished"):
+        finetune(base, sums(12), output_dir=folder, resume_from_checkpoint=True, **settings)
+    with pytest.raises(SettingError, match=r"learning_rate: 0\.005 → 1e-06"):
+        finetune(
+            base,
+            sums(12),
+            output_dir=folder,
+            resume_from_checkpoint=f"{folder}/checkpoint-3",
+            **settings | {"learning_rate": 1e-6},
+        )
+    assert adapter_bytes(folder) == before
 
 
 def test_the_best_adapter_is_kept_and_training_stops_early(base, tmp_path):

@@ -125,6 +125,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(base, tmp_path):
         )
 
 
+def test_a_loss_that_is_not_a_number_stops_a_run_that_logs_rarely_too(base, tmp_path):
+    settings = FEW | {"learning_rate": 1e30, "max_steps": 5, "max_grad_norm": 0, "logging_steps": 100}
+    with pytest.raises(RunError, match="the loss is nan at step 5"):
+        finetune(base, sums(4), output_dir=tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
 def test_loraplus_gives_b_its_own_learning_rate(base, tmp_path):
     config = RunConfig(
         model_name_or_path=str(base),
