@@ -3,6 +3,7 @@
 import json
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: on a busy machine two threads wait longer than they compute
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TQDM_DISABLE"] = "1"

@@ -39,6 +39,10 @@ def command(output: str | None, seed: int, as_json: bool) -> None:
     """Make a tiny model, QLoRA-train it on a small dataset, show its replies before and after, merge, compare."""
     import tempfile
 
+    import torch
+
+    # Matrices this small are no work for two threads: on a busy machine they wait for each other many times longer.
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         result = run_demo(Path(output or scratch), seed)
     if as_json:
