@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from lora_sft.api import Chat, Preview, Run, evaluate, finetune, load, merge, preview
+    from lora_sft.api import Chat, Preview, Run, evaluate, finetune, load, preview
     from lora_sft.chat.labels import Example, encode
     from lora_sft.chat.rendering import Rendered, render
     from lora_sft.config import RunConfig
     from lora_sft.errors import LoraSftError
+    from lora_sft.export.merge import merge
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _HOME = {
     "evaluate": "api",
     "finetune": "api",
     "load": "api",
-    "merge": "api",
+    "merge": "export.merge",
     "preview": "api",
     "Example": "chat.labels",
     "encode": "chat.labels",

@@ -13,7 +13,7 @@ from lora_sft.data.conversation import Message
 from lora_sft.data.formats import to_conversations
 from lora_sft.data.sources import read_rows
 from lora_sft.errors import DataError
-from lora_sft.export.merge import merge_adapter
+from lora_sft.export.merge import merge
 from lora_sft.model.generation import reply
 from lora_sft.model.loading import MANIFEST, load_model
 from lora_sft.model.tokenizer import prepare_speech
@@ -144,17 +144,6 @@ def load(path: str | Path, device: str = "auto", trust_remote_code: bool = False
     """
     loaded = load_model(path, device, trust_remote_code)
     return Chat(loaded.model, loaded.tokenizer, loaded.template_variables)
-
-
-def merge(
-    adapter: str | Path,
-    output: str | Path,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """An adapter folder → a whole model in a folder of its own, compared with the adapter; see `export.merge`."""
-    return merge_adapter(adapter, output, dtype, device, trust_remote_code)
 
 
 def evaluate(

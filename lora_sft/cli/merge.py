@@ -19,8 +19,8 @@ from lora_sft.cli.options import json_option, model_options, print_json
 @json_option
 def command(adapter: str, output: str, dtype: str, device: str, trust_remote_code: bool, as_json: bool) -> None:
     """Merge the folder ADAPTER into its base, and compare the result with it."""
-    from lora_sft.api import merge
     from lora_sft.console import say
+    from lora_sft.export.merge import merge
 
     result = merge(adapter, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if as_json:

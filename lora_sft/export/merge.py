@@ -78,7 +78,7 @@ class Trained:
     quantized: dict[str, Tensor]
 
 
-def merge_adapter(
+def merge(
     adapter: str | Path,
     output: str | Path,
     dtype: str = "auto",
