@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_sft.chat import IGNORED
-from lora_sft.chat.rendering import Note, Rendered, render
+from lora_sft.chat.rendering import Rendered, render
+from lora_sft.chat.turns import Note
 from lora_sft.data.conversation import Message
 from lora_sft.errors import ModelError
 

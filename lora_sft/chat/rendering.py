@@ -1,32 +1,23 @@
 """Messages → text, and for every character whether the model must produce it.
 
-The model must produce an assistant turn through its first stop token, and nothing else. Which characters are the
-assistant's is read from the template's `{% generation %}` blocks; a template without them is refused.
+The model must produce an assistant turn through its first stop token, and nothing else. Which characters those are is
+traced through the rendering itself (`tracing.py`, `turns.py`), so that it holds for any template: there are no marker
+strings to be fooled and no table of model families.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from lora_sft.chat.tracing import Traced, compile_traced
+from lora_sft.chat.turns import REASONING_FIELDS, Note, Prompt, extents_of, find_reply, what_is_missing
 from lora_sft.data.conversation import Message
 from lora_sft.errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NO_STOP_TOKEN = "no stop token"
-DROPPED = "dropped"
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
-
-class Note(NamedTuple):
-    """What a person should know of one assistant turn (counted from 0)."""
-
-    turn: int
-    status: str
-    words: str
 
 
 @dataclass(frozen=True)
@@ -63,48 +54,78 @@ def render(
         template_variables: passed to the template (`enable_thinking=False`).
 
     Raises:
-        TemplateError: no template, one without `{% generation %}` blocks, or one that fails on these messages.
+        TemplateError: no template, one that fails on these messages, or one that cannot be traced.
     """
-    from jinja2 import TemplateError as JinjaError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     template = chat_template or plain_template(tokenizer)
-    check_marks(template)
-    variables = {**tokenizer.special_tokens_map, **template_variables}
-    try:
-        texts, blocks = render_jinja_template(
-            [list(messages)],
-            tools=list(tools) if tools else None,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **variables,
-        )
-    except (JinjaError, TypeError, ValueError, KeyError) as error:
-        raise TemplateError(f"the chat template fails on this conversation: {error}") from None
     stops = stop_tokens_of(tokenizer) if stop_tokens is None else list(stop_tokens)
-    replies = [message for message in messages if message.get("role") == "assistant"]
-    if len(blocks[0]) != len(replies):
-        raise TemplateError(
-            f"the chat template marks {len(blocks[0])} replies in a conversation that has {len(replies)}"
-        )
+    variables = {"documents": None, **tokenizer.special_tokens_map, **template_variables}
+    variables |= {"tools": list(tools) if tools else None}
+    text = _traced(template, messages, variables)
+    prompt = _prompts(template, messages, variables)
+    extents = extents_of(text)
     supervised, notes = [], []
-    for turn, ((start, end), reply) in enumerate(zip(blocks[0], replies, strict=True)):
-        stop = _through_stop_token(texts[0], start, end, stops)
-        if stop is None:
-            notes.append(
-                Note(
-                    turn,
-                    NO_STOP_TOKEN,
-                    f"the template does not end the reply with one of {', '.join(stops) or '(no stop token known)'}",
-                )
-            )
-        if reply.get("train") is False:
+    replies = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+    for turn, index in enumerate(replies):
+        start, end, found = find_reply(text, extents, index, prompt, stops)
+        if messages[index].get("train") is False:
             continue
-        if missing := _missing(reply, texts[0][start:end], template):
-            notes.append(Note(turn, DROPPED, f"the template leaves out {missing}"))
-        if (stop or end) > start:
-            supervised.append((start, stop or end))
-    return Rendered(texts[0], supervised, notes)
+        if missing := what_is_missing(messages[index], text[extents[index].first : end], template):
+            found.append(missing)
+        notes += [Note(turn, status, words) for status, words in found]
+        if end > start:
+            supervised.append((start, end))
+    return Rendered("".join(text), supervised, notes)
+
+
+def _traced(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Traced:
+    """The text with its origins; it must be the text that transformers renders, character for character."""
+    from jinja2 import TemplateError as JinjaError
+
+    variables = {**variables, "add_generation_prompt": False}
+    try:
+        compiled = compile_traced(template)
+        plain = compiled.plain_text(with_aliases(messages), variables)
+        text = compiled.render(with_aliases(messages), variables)
+    except (JinjaError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise TemplateError(f"the chat template fails on this conversation: {error}") from None
+    if text != plain:
+        raise TemplateError(
+            "the chat template does something with the messages that cannot be traced, so what the assistant says "
+            "cannot be told from the rest; choose another with chat_template (`lora-sft templates` lists ours)"
+        )
+    return text
+
+
+def _prompts(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Prompt:
+    """Renders the first messages as the model is given them, each at most once."""
+    from jinja2 import TemplateError as JinjaError
+
+    compiled = compile_traced(template)
+
+    @cache
+    def prompt(count: int, with_generation_prompt: bool) -> str | None:
+        try:
+            some = with_aliases(messages[:count])
+            return compiled.plain_text(some, {**variables, "add_generation_prompt": with_generation_prompt})
+        except (JinjaError, TypeError, ValueError, KeyError, AttributeError):
+            return None  # many templates refuse a conversation without a question
+
+    return prompt
+
+
+def with_aliases(messages: Sequence[Message]) -> list[Message]:
+    """Messages as transformers hands them to a template: reasoning under each of the names that templates read.
+
+    Source: `_alias_reasoning_fields` and `_plain_template_data` in transformers 5.23.
+    """
+    aliased = []
+    for message in messages:
+        reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
+        shown = {key: value for key, value in message.items() if key != "train"}
+        if reasoning is not None:
+            shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
+        aliased.append(shown)
+    return aliased
 
 
 def plain_template(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -121,17 +142,6 @@ def plain_template(tokenizer: "PreTrainedTokenizerBase") -> str:
             "the model has no chat template; choose one with chat_template (`lora-sft templates` lists them)"
         )
     return str(template)
-
-
-def check_marks(template: str) -> None:
-    """Raises TemplateError if the template does not say which part of it is the assistant's."""
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        raise TemplateError(
-            "the chat template has no {% generation %} blocks, so what the assistant says cannot be told from the "
-            "rest; "
-            "name one that has them with chat_template (`lora-sft templates` lists ours), or mark the assistant's "
-            "part in a copy of this one"
-        )
 
 
 def stop_tokens_of(tokenizer: "PreTrainedTokenizerBase", eos_token_id: int | list[int] | None = None) -> list[str]:
@@ -151,28 +161,3 @@ def stop_tokens_of(tokenizer: "PreTrainedTokenizerBase", eos_token_id: int | lis
     known = [tokenizer.convert_ids_to_tokens(token_id) for token_id in ids]
     eos = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
     return list(dict.fromkeys([*eos, *(token for token in known if isinstance(token, str))]))
-
-
-def _missing(reply: Message, block: str, template: str) -> str | None:
-    """What of a reply the template did not write: its words, its reasoning or one of its calls.
-
-    A template that knows of reasoning may leave it out of earlier turns; one that does not know of it drops it.
-    """
-    if reply.get("reasoning_content") and not any(name in template for name in REASONING_FIELDS):
-        return "its reasoning"
-    if (reply.get("content") or "").strip() not in block:
-        return "what the assistant says"
-    calls = [call["function"]["name"] for call in reply.get("tool_calls") or []]
-    return next((f"the call of {name}" for name in calls if name not in block), None)
-
-
-def _through_stop_token(text: str, start: int, end: int, stops: Sequence[str]) -> int | None:
-    """Where the first stop token after the reply ends: in the block's tail or right behind it; None if nowhere."""
-    body, found = text[start:end].rstrip(), None
-    while last := next((stop for stop in stops if body.endswith(stop)), None):
-        found = start + len(body)
-        body = body[: -len(last)].rstrip()
-    if found is None:
-        behind = next((stop for stop in stops if text.startswith(stop, end)), None)
-        found = end + len(behind) if behind else None
-    return found

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_sft.chat.rendering import check_marks, plain_template, stop_tokens_of
+from lora_sft.chat.rendering import plain_template, stop_tokens_of
 from lora_sft.chat.templates import Template, find_template
 from lora_sft.console import say
 from lora_sft.errors import ModelError, TemplateError
@@ -70,13 +70,13 @@ def prepare_speech(
         new_tokens: tokens to add to the vocabulary.
 
     Raises:
-        TemplateError: no template, one without marks, or one whose stop token the vocabulary lacks.
+        TemplateError: no template, or one whose stop token the vocabulary lacks.
     """
     template = find_template(chat_template) if chat_template is not None else None
     new_ids = _add_tokens(tokenizer, new_tokens or [], template.text if template else str(tokenizer.chat_template))
     if template is not None:
         _use_template(tokenizer, template)
-    check_marks(plain_template(tokenizer))
+    plain_template(tokenizer)  # there must be one
     stops = stop_tokens_of(tokenizer, generation_config.eos_token_id if generation_config else None)
     if not stops:
         raise TemplateError(

@@ -191,6 +191,8 @@ def _prepare(conversations: Sequence[Conversation], speech: Speech, config: RunC
         warn(f"{some(found.too_long)} longer than max_length {config.max_length} and dropped")
     if found.without_reply:
         warn(f"{some(found.without_reply)} without a supervised token and dropped")
+    for status, lines in found.noted.items():
+        warn(f"{status}: {len(lines)} replies; {lines[0]}")
     if found.cut:
         warn(f"{found.cut} rows lost their end, and with it the stop token (truncation: cut)")
     return found

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_sft.chat.labels import Example, encode_rendered
 from lora_sft.chat.rendering import Rendered, render
+from lora_sft.chat.turns import HARMFUL
 from lora_sft.data.conversation import Conversation
 from lora_sft.errors import DataError, TemplateError
 from lora_sft.model.tokenizer import Speech
@@ -21,6 +22,7 @@ class Prepared:
         without_reply: sources of the rows dropped because no supervised token is left in them.
         cut: how many rows lost their end.
         first: the first example as text, to be looked at.
+        noted: {status: a line a reply} of what a person should know, though it is learned as it stands.
     """
 
     examples: list[Example]
@@ -28,6 +30,7 @@ class Prepared:
     without_reply: list[str]
     cut: int
     first: Rendered
+    noted: dict[str, list[str]]
 
     @property
     def tokens(self) -> int:
@@ -83,10 +86,13 @@ def prepare(
         DataError: rows are too long and `truncation` is `error`, or nothing is left to learn.
     """
     examples: list[Example] = []
+    noted: dict[str, list[str]] = {}
     too_long, without_reply, cut, first = [], [], 0, None
     for conversation, text in render_all(conversations, speech, variables or {}):
-        if text.notes:
-            note = text.notes[0]
+        for note in text.notes:
+            if note.status not in HARMFUL:
+                noted.setdefault(note.status, []).append(f"{conversation.source}, reply {note.turn + 1}: {note.words}")
+                continue
             raise TemplateError(
                 f"{conversation.source}: reply {note.turn + 1}: {note.words}; the model would learn something else "
                 "than what stands in the data. Choose another chat_template"
@@ -108,7 +114,7 @@ def prepare(
         gone = [f"{len(too_long)} too long for max_length {max_length}"] if too_long else []
         gone += [f"{len(without_reply)} without a supervised token"] if without_reply else []
         raise DataError("nothing is left to learn: " + (", ".join(gone) or "the dataset is empty"))
-    return Prepared(examples, too_long, without_reply, cut, first)
+    return Prepared(examples, too_long, without_reply, cut, first, noted)
 
 
 def some(sources: list[str]) -> str:

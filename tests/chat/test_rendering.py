@@ -4,12 +4,16 @@ import json
 
 import pytest
 
-from lora_sft.chat.rendering import DROPPED, NO_STOP_TOKEN, render, stop_tokens_of
+from lora_sft.chat.rendering import render, stop_tokens_of
+from lora_sft.chat.turns import DROPPED, NO_STOP_TOKEN
 from lora_sft.errors import TemplateError
 from tests.conftest import conversation
 
 OPEN = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
-CLOSE = "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+CLOSE = (
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def learned(template: str, tokenizer, *turns: str) -> list[str]:
@@ -47,10 +51,13 @@ def test_words_that_the_template_leaves_out_are_noted(tokenizer):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no {% generation %} blocks"),
         ("{% generation %}x{% endgeneration %}{{ raise_exception('not like that') }}", "not like that"),
         ("{% generation %}x", "fails on this conversation"),
-        ("{% generation %}x{% endgeneration %}", "marks 1 replies in a conversation that has 2"),
+        ("{{ messages[0].content }}", "writes nothing for message 2, a reply"),
+        (
+            "{% for m in messages %}{{ m.content | list | sort | join }}{% endfor %}{{ range(9) | random }}",
+            "cannot be traced",
+        ),
     ],
 )
 def test_a_template_that_cannot_serve_is_refused(template, words, tokenizer):
