@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_sft.chat.tracing import Traced, compile_traced
+from lora_sft.chat.traced import Traced
+from lora_sft.chat.tracing import compile_traced
 from lora_sft.chat.turns import REASONING_FIELDS, Note, Prompt, extents_of, find_reply, what_is_missing
 from lora_sft.data.conversation import Message
 from lora_sft.errors import TemplateError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
-from lora_sft.chat.tracing import NOBODY, Traced
+from lora_sft.chat.traced import NOBODY, Traced
 from lora_sft.data.conversation import Message
 from lora_sft.errors import TemplateError
 
