@@ -249,7 +249,9 @@ class TrainingSettings(Section):
     )
     early_stopping_patience: PositiveInt | None = setting(None, "Stop after so many evaluations without a better one.")
     load_best_model_at_end: bool = setting(False, "Keep the adapter of the best evaluation instead of the last.")
-    metric_for_best_model: str = setting("eval_loss", "What 'better' is measured by.")
+    metric_for_best_model: Literal["eval_loss", "eval_mean_token_accuracy"] = setting(
+        "eval_loss", "What 'better' is measured by."
+    )
     save_strategy: Cadence = setting("epoch", "When to write a checkpoint.")
     save_steps: PositiveInt = setting(
         500, "Steps between checkpoints, with save_strategy: steps.", also=("save_every", "checkpoint_steps")

@@ -23,9 +23,14 @@ def translate(given: Settings) -> tuple[Settings, list[str]]:
     renamed = other_names()
     ours: Settings = {}
     said: list[str] = []
+    problems: list[str] = []
     for name, value in given.items():
         if name in MEANINGS:
-            found = MEANINGS[name](value)
+            try:
+                found = MEANINGS[name](value) if value is not None else {}
+            except SettingError as error:
+                problems.append(f"{name}: {error}")
+                continue
             said.append(
                 f"{name}: {value} is " + (", ".join(f"{k}: {v}" for k, v in found.items()) or "what happens anyway")
             )
@@ -39,6 +44,8 @@ def translate(given: Settings) -> tuple[Settings, list[str]]:
             if key in ours and ours[key] != new:
                 raise SettingError(f"{name}: {key} is given twice, as {ours[key]!r} and {new!r}; keep one")
             ours[key] = new
+    if problems:
+        raise SettingError.of(problems)
     return ours, said
 
 
@@ -48,6 +55,8 @@ def _value(name: str, value: Any) -> Any:
         return None  # bf16: auto, load_in_4bit: auto: chosen by us when unset
     if name == "gradient_checkpointing" and value == "unsloth":
         return True
+    if name == "lora_target_modules" and value == "all":
+        return "all-linear"
     if name == "report_to" and value in (None, [], ""):
         return ["none"]
     return value
@@ -87,10 +96,10 @@ def _dataset_list(value: Any) -> Settings:
     if isinstance(entry, str):
         return {"dataset": entry}
     if not isinstance(entry, dict) or "path" not in entry:
-        raise SettingError("datasets: give one entry with a path; several datasets cannot be mixed yet")
+        raise SettingError("give one entry with a path; several datasets cannot be mixed yet")
     unknown = set(entry) - {"path", "type", "split"}
     if unknown:
-        raise SettingError(f"datasets: {', '.join(sorted(unknown))} has no counterpart here; remove it")
+        raise SettingError(f"{', '.join(sorted(unknown))} has no counterpart here; remove it")
     found = {"dataset": entry["path"]}
     return found | ({"dataset_split": entry["split"]} if "split" in entry else {})
 
@@ -128,6 +137,8 @@ MEANINGS: dict[str, Callable[[Any], Settings]] = {
         "name a kernel with attn_implementation",
     ),
     "flash_attention": _only({True: _FLASH, False: {}}, "name a kernel with attn_implementation"),
+    "bias": lambda value: {"lora_config": {"bias": value}},
+    "lora_bias": lambda value: {"lora_config": {"bias": value}},
     "datasets": _dataset_list,
     "overwrite_output_dir": _only({False: {}}, "an output folder in use is never overwritten; name another"),
 }

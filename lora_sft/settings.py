@@ -65,6 +65,9 @@ def _name(written: str) -> str:
 
 def _claim_unknown(ours: dict[str, Any]) -> None:
     """Moves the names that only TrainingArguments knows into `training_args`; refuses those that nobody knows."""
+    for name in [name for name, value in ours.items() if value is None and name not in RunConfig.model_fields]:
+        say("setting", f"{name} is empty, and left out")
+        del ours[name]
     unknown = [name for name in ours if name not in RunConfig.model_fields]
     theirs = _training_arguments() | set(NOT_PASSED_ON) if unknown else frozenset()
     if strangers := [name for name in unknown if name not in theirs]:

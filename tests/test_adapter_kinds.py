@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lora_sft import finetune
 from lora_sft.model.base import keep_weights_unpacked, quantization_config
@@ -113,6 +113,19 @@ def moe_base(tmp_path_factory, harbour_texts):
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is")  # PEFT sets it right
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_weights_that_lie_the_other_way_round_are_merged_right(tmp_path, harbour_texts, in_4bit):
+    """GPT-2 keeps its projections as (inputs, outputs); quantized they are (outputs, inputs)."""
+    tokenizer = tiny_tokenizer(harbour_texts, 512)
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.08}
+    config = GPT2Config(vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=1, pad_token_id=0, **shape)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    check(tmp_path / "base", tmp_path, "gpt2", {"load_in_4bit": in_4bit})
 
 
 @pytest.mark.parametrize("in_4bit", [True, False])

@@ -165,6 +165,18 @@ def test_words_mean_what_people_mean(words, setting, value):
     assert getattr(resolve(from_words(words)), setting) == value
 
 
+def test_empty_settings_of_others_are_left_out_aloud(capsys):
+    assert resolve({"wandb_project": None, "dtype": None, "lora_target": "all", "bias": "none"}).lora_config == {
+        "bias": "none"
+    }
+    assert "wandb_project is empty, and left out" in capsys.readouterr().err
+
+
+def test_every_refusal_names_its_setting_and_all_are_told_at_once():
+    with pytest.raises(SettingError, match=r"2 problems(.|\n)*stage: 'dpo' is not(.|\n)*packing: True is not"):
+        resolve({"stage": "dpo", "packing": True})
+
+
 def test_one_setting_under_two_names_is_refused():
     with pytest.raises(SettingError, match="max_length is given twice"):
         resolve({"cutoff_len": 512, "max_length": 1024})

@@ -7,7 +7,7 @@ import click
 
 from lora_sft.cli.options import json_option, print_json
 from lora_sft.console import console, say
-from lora_sft.errors import VerificationError
+from lora_sft.errors import OutputError, VerificationError
 from lora_sft.resources import shipped
 
 # Wide enough initial weights that a random model has something for the adapter to steer.
@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "lora_alpha": 64,
     "save_strategy": "no",
 }
+PARTS = ("base", "adapter", "merged")
 QUESTIONS = ("Who are you?", "How do I tie a bowline?", "What is a spring tide?", "Will it rain tomorrow?")
 
 
@@ -39,6 +40,8 @@ def command(output: str | None, seed: int, as_json: bool) -> None:
     """Make a tiny model, QLoRA-train it on a small dataset, show its replies before and after, merge, compare."""
     import tempfile
 
+    if taken := [part for part in PARTS if output and (Path(output) / part).exists()]:
+        raise OutputError(f"{Path(output or '') / taken[0]}: exists already; name another folder with --output")
     import torch
 
     # Matrices this small are no work for two threads: on a busy machine they wait for each other many times longer.
@@ -46,6 +49,8 @@ def command(output: str | None, seed: int, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         result = run_demo(Path(output or scratch), seed)
     if as_json:
+        if not output:  # the folder is gone by now
+            result["train"]["output_dir"] = result["merge"]["output_dir"] = None
         print_json(result)
     elif output:
         say("kept", f"{output}: base, adapter and merged model; try `lora-sft chat {Path(output) / 'adapter'}`")

@@ -9,8 +9,16 @@ from lora_sft.cli.options import json_option, model_options, print_json
 @click.argument("path")
 @click.option("--dataset", required=True, help="Conversations: a file, a folder or a hub name.")
 @click.option("--dataset-split", default="train", show_default=True, help="Which split of a hub dataset.")
-@click.option("--max-length", default=2048, show_default=True, help="Longer conversations are left out, and counted.")
-@click.option("--batch-size", default=8, show_default=True, help="Conversations in one forward pass.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    default=2048,
+    show_default=True,
+    help="Longer conversations are left out, and counted.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Conversations in one forward pass."
+)
 @click.option("--chat-template", default=None, help="A template's name or file. Unset: the model's own.")
 @model_options
 @json_option

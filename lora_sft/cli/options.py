@@ -40,12 +40,20 @@ def reply_options(function: Command) -> Command:
     """Adds how replies are made: `--system`, `--max-new-tokens`, `--temperature`, `--top-p`."""
     for option in (
         click.option(
-            "--top-p", default=1.0, show_default=True, help="Draw only from the likeliest tokens of this share."
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Draw only from the likeliest tokens of this share.",
         ),
         click.option(
-            "--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 draws."
+            "--temperature",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="0 takes the likeliest token; above 0 draws.",
         ),
-        click.option("--max-new-tokens", default=512, show_default=True, help="Longest reply."),
+        click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest reply."),
         click.option("--system", default=None, help="System prompt."),
     ):
         function = option(function)

@@ -10,7 +10,9 @@ from lora_sft.cli.options import LOOSE, SettingsCommand, json_option, read_words
 
 @click.command("preview", cls=SettingsCommand, context_settings=LOOSE)
 @settings_argument
-@click.option("--limit", type=int, default=None, help="Show so many conversations (3 without --json, else all).")
+@click.option(
+    "--limit", type=click.IntRange(0), default=None, help="Show so many conversations (3 without --json, else all)."
+)
 @json_option
 def command(words: tuple[str, ...], limit: int | None, as_json: bool) -> None:
     """Show what is learned of each conversation: lora-sft preview --model M --dataset D."""

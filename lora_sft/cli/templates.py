@@ -15,24 +15,31 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 @command.command("list")
+@click.pass_context
 @json_option
-def list_(as_json: bool) -> None:
+def list_(ctx: click.Context, as_json: bool) -> None:
     """List the templates that come with the package."""
-    _list(as_json)
+    _list(as_json or _asked_before(ctx))
 
 
 @command.command("show")
 @click.argument("name")
+@click.pass_context
 @json_option
-def show(name: str, as_json: bool) -> None:
+def show(ctx: click.Context, name: str, as_json: bool) -> None:
     """Print the template NAME, or the one in a .jinja file."""
     from lora_sft.chat.templates import find_template
 
     template = find_template(name)
-    if as_json:
+    if as_json or _asked_before(ctx):
         print_json({"name": template.name, **template.about, "text": template.text})
     else:
         click.echo(template.text, nl=False)
+
+
+def _asked_before(ctx: click.Context) -> bool:
+    """Whether `--json` stands before the name of the subcommand."""
+    return bool(ctx.parent and ctx.parent.params["as_json"])
 
 
 def _list(as_json: bool) -> None:

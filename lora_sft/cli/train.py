@@ -3,6 +3,7 @@
 import click
 
 from lora_sft.cli.options import LOOSE, SettingsCommand, json_option, print_json, read_words, settings_argument
+from lora_sft.errors import RunError
 
 
 @click.command("train", cls=SettingsCommand, context_settings=LOOSE)
@@ -18,7 +19,13 @@ def command(words: tuple[str, ...], as_json: bool) -> None:
     file, settings = read_words(words)
     from lora_sft.api import finetune
 
-    run = finetune(config=file, **settings)
+    try:
+        run = finetune(config=file, **settings)
+    except KeyboardInterrupt:
+        raise RunError(
+            "interrupted; from the last checkpoint, if one was written, the same command goes on with "
+            "--resume-from-checkpoint true and the output folder of this run"
+        ) from None
     if as_json:
         print_json(run.metrics)
         return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lora_sft.console import say
 from lora_sft.data.conversation import Message
@@ -112,10 +113,14 @@ def merge(
     dtype = spec.dtype if dtype == "auto" else dtype
     say("merge", f"onto the base as trained ({spec.quantization or spec.dtype}), summed in float32, written as {dtype}")
 
-    trained = _look_at(adapter, spec)
     staged = output.with_name(f".{output.name}.part")
     shutil.rmtree(staged, ignore_errors=True)
     try:
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    try:
+        trained = _look_at(adapter, spec)
         _write(spec, adapter, trained, dtype, staged)
         fidelity = compare(_read_back(staged, spec, trained.probes), trained.adapter_logits, trained.base_logits)
         if not fidelity.holds:
@@ -157,11 +162,11 @@ def _write(spec: BaseSpec, adapter: Path, trained: Trained, dtype: str, folder: 
     base = load_base(replace(spec, quantization=None, device="cpu")).float()
     with torch.no_grad():
         for name in list(trained.quantized):
-            base.get_submodule(name).weight.copy_(trained.quantized.pop(name))
+            module, weight = base.get_submodule(name), trained.quantized.pop(name)
+            module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)  # GPT-2 keeps (inputs, outputs)
     model = put_adapter(base, adapter, len(trained.tokenizer)).merge_and_unload(safe_merge=True)
     model = model.to(getattr(torch, dtype))
     model.generation_config = trained.generation_config
-    folder.mkdir(parents=True)
     model.save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)
 

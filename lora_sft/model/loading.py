@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sft.config import RunConfig
+from lora_sft.console import say
 from lora_sft.errors import ModelError
 from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, load_base, read_config
 from lora_sft.model.device import choose_device, choose_dtype
@@ -100,6 +101,10 @@ def trained_base(folder: Path, device: str = "auto", trust_remote_code: bool = F
         # An adapter trained on a GPU also talks on the CPU, where float16 lacks kernels.
         dtype = "float32" if device == "cpu" and spec.dtype == "float16" else spec.dtype
         revision = recorded.get("commit") or spec.revision
+        named = _adapter_config(folder).get("base_model_name_or_path")
+        if named and named != spec.name:
+            say("base", f"{named}, as adapter_config.json says; it was trained on {spec.name}")
+            spec, revision = replace(spec, name=named), None
         return replace(
             spec,
             revision=revision,
@@ -108,12 +113,17 @@ def trained_base(folder: Path, device: str = "auto", trust_remote_code: bool = F
             attn_implementation=None,
             trust_remote_code=trust_remote_code,
         )
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = _adapter_config(folder)
     if not adapter.get("base_model_name_or_path"):
         raise ModelError(f"{folder}: adapter_config.json does not name the base model (base_model_name_or_path)")
     dtype, _ = choose_dtype(None, None, device)
     name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
     return BaseSpec(name, revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def make_job(
     train, evaluation = _prepare(kept, speech, config), _prepare(held_out, speech, config) if held_out else None
     _check_positions(shape, [train, evaluation] if evaluation else [train])
     arguments = training_arguments(config, spec.device, spec.dtype, bool(held_out))
-    return Job(
+    job = Job(
         config,
         spec,
         speech,
@@ -99,6 +99,10 @@ def make_job(
         arguments,
         trained,
     )
+    if config.warmup_steps is None:
+        # Rounded down: the first step of a warm-up has a learning rate of 0, and a short run has none to spare.
+        arguments.warmup_steps = int(config.warmup_ratio * job.total_steps)
+    return job
 
 
 def load_speech(config: RunConfig, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Speech:

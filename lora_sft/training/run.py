@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from lora_sft.config import RunConfig
 from lora_sft.console import is_main_process, say
 from lora_sft.errors import OutputError, RunError, SettingError
 from lora_sft.model.adapter import attach, describe_trained, set_dtype
@@ -98,13 +99,26 @@ def train(job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[
 def _begin(job: Job, folder: OutputFolder, trainer: Trainer, metrics: MetricsFile, checkpoint: Path | None) -> None:
     """Writes `run.yaml`; in a resumed run the totals go on from where the checkpoint was made."""
     folder.forget(MANIFEST)
-    repeat = job.config.model_copy(update={"resume_from_checkpoint": None})
-    folder.write(SETTINGS, to_yaml(repeat, *_how_to_repeat(job)))
+    folder.write(SETTINGS, to_yaml(as_resolved(job), *_how_to_repeat(job)))
     if checkpoint is not None:
         last = metrics.last_until(step_of(checkpoint))
         supervised = int(last.get("num_supervised_tokens", 0))
         nll = last.get("train_loss", 0.0) * supervised
         trainer.seen = Seen(nll, supervised=supervised, tokens=int(last.get("num_tokens", 0)))
+
+
+def as_resolved(job: Job) -> RunConfig:
+    """The settings with what was chosen for the user, so that they give the same run on another machine too."""
+    chosen = {
+        "load_in_4bit": job.spec.quantization in ("nf4", "fp4"),
+        "load_in_8bit": job.spec.quantization == "int8",
+        "bf16": job.spec.dtype == "bfloat16",
+        "fp16": job.spec.dtype == "float16",
+        "device": job.spec.device.partition(":")[0],
+        "gradient_checkpointing": bool(job.arguments.gradient_checkpointing),
+        "resume_from_checkpoint": None,
+    }
+    return job.config.model_copy(update=chosen)
 
 
 def _model(job: Job, given_model: Any) -> Any:
@@ -158,7 +172,7 @@ def _check_settings(job: Job, begun_with: Path) -> None:
     """A run that goes on with other settings would end as neither of the two."""
     if not begun_with.is_file():
         return
-    before, now = resolve(read_file(begun_with)).model_dump(), job.config.model_dump()
+    before, now = resolve(read_file(begun_with)).model_dump(), as_resolved(job).model_dump()
     changed = [f"{name}: {before[name]} → {now[name]}" for name in now if before[name] != now[name]]
     changed = [words for words in changed if words.partition(":")[0] not in MAY_DIFFER]
     if changed:

@@ -160,6 +160,33 @@ def test_help_lists_every_setting(capsys):
     assert all(f"--{name.replace('_', '-')}" in out for name in RunConfig.model_fields)
 
 
+def test_json_may_stand_before_the_subcommand(capsys):
+    assert json.loads(run(capsys, "templates", "--json", "list")[1])[0]["name"] == "chatml"
+    assert json.loads(run(capsys, "templates", "--json", "show", "chatml")[1])["name"] == "chatml"
+
+
+def test_the_demo_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    (tmp_path / "mine" / "base" / "model.safetensors").write_text("precious")
+    code, _, err = run(capsys, "demo", "--output", tmp_path / "mine")
+    assert (code, "exists already" in err) == (2, True)
+    assert (tmp_path / "mine" / "base" / "model.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "x", "hi", "--max-new-tokens", "0"],
+        ["generate", "x", "hi", "--temperature", "-1"],
+        ["chat", "x", "--top-p", "2"],
+        ["evaluate", "x", "--dataset", "y", "--batch-size", "0"],
+        ["preview", "--limit", "-3"],
+    ],
+)
+def test_numbers_out_of_range_are_refused(words, capsys):
+    assert run(capsys, *words)[0] == 2
+
+
 @pytest.mark.slow
 def test_the_demo_learns_and_merges(tmp_path, capsys):
     code, out, _ = run(capsys, "demo", "--output", tmp_path / "demo", "--json")

@@ -97,6 +97,7 @@ def test_every_setting_is_in_run_yaml_as_resolved(run, base):
     from lora_sft.settings import read_file
 
     config = resolve(read_file(run.output_dir / "run.yaml"))
+    assert (config.load_in_4bit, config.bf16, config.device) == (True, False, "cpu")
     assert (config.model_name_or_path, config.dataset, config.max_steps, config.lora_r) == (
         str(base),
         str(HARBOUR),
@@ -131,6 +132,13 @@ def test_code_that_comes_with_a_base_never_runs_because_an_adapter_says_so(run, 
     (moved / "manifest.json").write_text(json.dumps(manifest))
     assert trained_base(moved).trust_remote_code is False
     assert trained_base(moved, trust_remote_code=True).trust_remote_code is True
+
+
+def test_a_base_that_moved_is_named_in_the_adapters_config(run, tied_base, tmp_path):
+    moved = shutil.copytree(run.output_dir, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(tied_base)}
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    assert trained_base(moved).name == str(tied_base)
 
 
 def test_the_recorded_commit_is_what_is_loaded(run, tmp_path):

@@ -153,6 +153,12 @@ def test_loraplus_gives_b_its_own_learning_rate(base, tmp_path):
     assert rates == {(False, 1e-4), (True, 1.6e-3)}
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0), (100, 3)])
+def test_a_short_run_wastes_no_step_on_warming_up(base, steps, warmup):
+    config = RunConfig(model_name_or_path=str(base), device="cpu", max_steps=steps)
+    assert make_job(config, sums(4)).arguments.warmup_steps == warmup
+
+
 def test_what_transformers_does_not_accept_is_a_setting_error():
     for settings in ({"lr_scheduler_type": "zigzag"}, {"optim": "best"}, {"training_args": {"no_such": 1}}):
         with pytest.raises(SettingError, match="do not go together"):
