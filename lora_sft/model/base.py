@@ -182,6 +182,17 @@ def load_base(spec: BaseSpec) -> "PreTrainedModel":
     return model
 
 
+def quantized_share(model: "PreTrainedModel") -> float:
+    """Which share of the weights is quantized: bitsandbytes takes linear layers, no embeddings, no fused experts."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    quantized = [module for module in model.modules() if isinstance(module, (Linear4bit, Linear8bitLt))]
+    inside = sum(module.in_features * module.out_features for module in quantized)
+    held = {id(module.weight) for module in quantized}
+    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
+    return float(inside / max(inside + outside, 1))
+
+
 def quantization_config(spec: BaseSpec) -> Any:
     """The `BitsAndBytesConfig` of a spec; None if nothing is quantized."""
     if spec.quantization is None:

@@ -14,7 +14,7 @@ from lora_sft.config import RunConfig
 from lora_sft.console import is_main_process, say
 from lora_sft.errors import OutputError, RunError, SettingError
 from lora_sft.model.adapter import attach, describe_trained, set_dtype
-from lora_sft.model.base import grow_vocabulary, load_base
+from lora_sft.model.base import grow_vocabulary, load_base, quantized_share
 from lora_sft.model.device import peak_bytes
 from lora_sft.model.loading import MANIFEST
 from lora_sft.model.starts import start_from_rounding, start_from_rows
@@ -124,6 +124,9 @@ def as_resolved(job: Job) -> RunConfig:
 def _model(job: Job, given_model: Any) -> Any:
     """The base with a fresh adapter."""
     model = load_base(job.spec) if given_model is None else given_model
+    if job.spec.quantization is not None:
+        kept = f"embeddings, output layer and fused experts stay in {job.spec.dtype}"
+        say("base", f"{quantized_share(model):.0%} of the weights are in {job.spec.quantization}; {kept}")
     set_seed(job.config.seed)  # the rows of new tokens are drawn
     grow_vocabulary(model, len(job.speech.tokenizer))
     teach_stop_tokens(model, job.speech)

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from lora_sft.config import RunConfig
 from lora_sft.errors import ModelError
-from lora_sft.model.base import BaseSpec, choose_base, load_base, read_config
+from lora_sft.model.base import BaseSpec, choose_base, load_base, quantized_share, read_config
 from lora_sft.model.device import choose_device, choose_dtype
 
 
@@ -49,6 +49,13 @@ def test_the_base_is_loaded_as_the_spec_says(base, quantization, kind):
     if kind is Linear4bit:
         assert projection.weight.quant_type == quantization
         assert projection.weight.quant_state.nested is (quantization == "nf4")
+
+
+def test_the_share_that_is_quantized_is_counted_by_hand(base):
+    """Two layers of 7 linear modules: q, o of 64 × 64, k, v of half that, 3 of 64 × 128; twice 512 × 64 beside."""
+    model = load_base(BaseSpec(str(base), quantization="nf4"))
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert quantized_share(model) == linear / (linear + 2 * 512 * 64 + 5 * 64)
 
 
 def test_evaluating_leaves_4bit_weights_and_gradients_as_they_were(base):
