@@ -113,27 +113,12 @@ def merge(
     dtype = spec.dtype if dtype == "auto" else dtype
     say("merge", f"onto the base as trained ({spec.quantization or spec.dtype}), summed in float32, written as {dtype}")
 
-    staged = output.with_name(f".{output.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    staged = _stage(output)
     try:
         trained = _look_at(adapter, spec)
         _write(spec, adapter, trained, dtype, staged)
         fidelity = compare(_read_back(staged, spec, trained.probes), trained.adapter_logits, trained.base_logits)
-        if not fidelity.holds:
-            refused = output.with_name(f"{output.name}.refused")
-            shutil.rmtree(refused, ignore_errors=True)
-            staged.rename(refused)
-            raise VerificationError(
-                f"the merged model is not the adapter: mean KL {fidelity.mean_kl:.2e}, where the adapter's own effect "
-                f"is {fidelity.adapter_effect:.2e}; kept as {refused}"
-            )
-        if output.is_dir():
-            output.rmdir()
-        staged.rename(output)
+        _settle(staged, output, fidelity)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return {
@@ -144,6 +129,32 @@ def merge(
         "peak_rss_bytes": peak_bytes("cpu"),
         "seconds": round(time.perf_counter() - clock, 1),
     }
+
+
+def _stage(output: Path) -> Path:
+    """An empty folder beside the final one; the result moves to its name only when it is whole and holds."""
+    staged = output.with_name(f".{output.name}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    return staged
+
+
+def _settle(staged: Path, output: Path, fidelity: Fidelity) -> None:
+    """Gives the result its final name, or, where it is not the adapter, one that says so."""
+    if not fidelity.holds:
+        refused = output.with_name(f"{output.name}.refused")
+        shutil.rmtree(refused, ignore_errors=True)
+        staged.rename(refused)
+        raise VerificationError(
+            f"the merged model is not the adapter: mean KL {fidelity.mean_kl:.2e}, where the adapter's own effect is "
+            f"{fidelity.adapter_effect:.2e}; kept as {refused}"
+        )
+    if output.is_dir():
+        output.rmdir()
+    staged.rename(output)
 
 
 def _look_at(adapter: Path, spec: BaseSpec) -> Trained:
