@@ -55,7 +55,9 @@ def test_words_that_the_template_leaves_out_are_noted(tokenizer):
         ("{% generation %}x", "fails on this conversation"),
         ("{{ messages[0].content }}", "writes nothing for message 2, a reply"),
         (
-            "{% for m in messages %}{{ m.content | list | sort | join }}{% endfor %}{{ range(9) | random }}",
+            # Thrown eight times, so that the two renderings never agree by luck.
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{% for i in range(8) %}{{ range(100000) | random }}{% endfor %}",
             "cannot be traced",
         ),
     ],
