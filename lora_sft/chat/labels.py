@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_sft.chat import IGNORED
 from lora_sft.chat.rendering import Rendered, render
+from lora_sft.chat.tokens import tokenize
 from lora_sft.chat.turns import Note
 from lora_sft.data.conversation import Message
-from lora_sft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,8 @@ class Example:
         labels: the same ids where the model must produce them, -100 elsewhere, (length).
         cut: how many tokens `max_length` took away.
         source: where the conversation came from.
-        notes: what a person should know, a note a turn at most.
+        notes: what a person should know.
+        split: how many replies began inside a token of the whole text, and had it split as inference does.
     """
 
     input_ids: list[int]
@@ -31,6 +32,7 @@ class Example:
     cut: int = 0
     source: str = ""
     notes: list[Note] = field(default_factory=list)
+    split: int = 0
 
     @property
     def supervised_tokens(self) -> int:
@@ -64,44 +66,32 @@ def encode_rendered(
     """Text with its supervised spans → Example. A token is supervised when all its characters are.
 
     Special tokens are not added: the template has written them.
+
+    Raises:
+        ModelError: the tokenizer cannot say which characters a token stands for.
     """
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for (no offsets); use the "
-            "model's fast tokenizer"
-        )
-    input_ids, labels = _tokens(rendered, tokenizer)
+    input_ids, labels, split = labelled(rendered, tokenizer)
     cut = 0 if max_length is None else max(0, len(input_ids) - max_length)
     kept = len(input_ids) - cut
-    return Example(input_ids[:kept], labels[:kept], cut, source, rendered.notes)
+    return Example(input_ids[:kept], labels[:kept], cut, source, rendered.notes, split)
 
 
-def _tokens(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Tokens of the whole text; where one straddles the start of a reply, the text is split there, as in inference."""
-    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    splits = [start for start, _ in rendered.supervised if any(first < start < last for first, last in offsets)]
-    if not splits:
-        return encoded["input_ids"], _labels(encoded["input_ids"], offsets, rendered.supervised)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for begin, end in zip([0, *splits], [*splits, len(rendered.text)], strict=True):
-        piece = tokenizer(rendered.text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
-        shifted = [(first + begin, last + begin) for first, last in piece["offset_mapping"]]
-        input_ids += piece["input_ids"]
-        labels += _labels(piece["input_ids"], shifted, rendered.supervised)
-    return input_ids, labels
+def labelled(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], int]:
+    """(input_ids, labels, how many tokens were split).
 
-
-def _labels(
-    input_ids: Sequence[int], offsets: Sequence[tuple[int, int]], supervised: Sequence[tuple[int, int]]
-) -> list[int]:
-    """Both lists are in order of position, so one walk along them is enough."""
-    labels, spans = [], iter([*supervised, (float("inf"), float("inf"))])
-    start, end = next(spans)
-    for token, (first, last) in zip(input_ids, offsets, strict=True):
-        while first >= end:
-            start, end = next(spans)
-        # Some tokenizers report white space as empty, (last, last); it belongs to where it ends.
-        labels.append(token if start <= first and start < last <= end else IGNORED)
-    return labels
+    Where a token straddles the start of a reply, the text is split there, as in inference.
+    """
+    if tokenizer.is_fast:
+        tokens = tokenize(rendered.text, tokenizer, rendered.literal)
+        splits = [start for start, _ in rendered.supervised if tokens.straddle(start)]
+    else:
+        tokens, splits = None, []
+    if tokens is None or splits:
+        # Without offsets only what is read as a piece of its own can be told from the rest.
+        borders = splits if tokenizer.is_fast else [place for span in rendered.supervised for place in span]
+        tokens = tokenize(rendered.text, tokenizer, rendered.literal, borders)
+    labels = [IGNORED] * len(tokens.ids)
+    for start, end in rendered.supervised:
+        first, last = tokens.inside(start, end)
+        labels[first:last] = tokens.ids[first:last]
+    return tokens.ids, labels, len(splits)

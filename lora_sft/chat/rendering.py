@@ -2,23 +2,41 @@
 
 The model must produce an assistant turn through its first stop token, and nothing else. Which characters those are is
 traced through the rendering itself (`tracing.py`, `turns.py`), so that it holds for any template: there are no marker
-strings to be fooled and no table of model families.
+strings to be fooled and no table of model families. `docs/masking.md` tells the definition and how it was checked.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
-from lora_sft.chat.traced import Traced
-from lora_sft.chat.tracing import compile_traced
-from lora_sft.chat.turns import REASONING_FIELDS, Note, Prompt, extents_of, find_reply, what_is_missing
+from lora_sft.chat.control import ControlTokens, find_control_tokens, literal_stretches
+from lora_sft.chat.missing import REASONING_FIELDS, what_is_missing
+from lora_sft.chat.prompts import Prompts
+from lora_sft.chat.stops import stop_tokens_of
+from lora_sft.chat.traced import Run, Traced, runs_of
+from lora_sft.chat.tracing import FAILURES, TracedTemplate, compile_traced
+from lora_sft.chat.turns import (
+    CONTROL_TOKEN,
+    HISTORY_DIFFERS,
+    MARKS_DIFFER,
+    NO_STOP_TOKEN,
+    PROMPT_MISMATCH,
+    REWRITTEN,
+    Extent,
+    Note,
+    Reply,
+    extents_of,
+    find_reply,
+)
 from lora_sft.data.conversation import Message
 from lora_sft.errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Turns = Literal["all", "last", "each"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +47,15 @@ class Rendered:
         text: the whole conversation.
         supervised: [(start, end)], character offsets into `text`, of what the model must produce.
         notes: what a person should know.
+        literal: [(start, end)] of the stretches in which messages spell control tokens; none is read there.
+        replies: how many replies were looked at.
     """
 
     text: str
     supervised: list[tuple[int, int]]
     notes: list[Note] = field(default_factory=list)
+    literal: list[tuple[int, int]] = field(default_factory=list)
+    replies: int = 0
 
 
 def render(
@@ -42,6 +64,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template: str | None = None,
     stop_tokens: Sequence[str] | None = None,
+    append_stop_token: bool = False,
     **template_variables: Any,
 ) -> Rendered:
     """A conversation → its text, with the characters marked that the model must produce.
@@ -52,66 +75,272 @@ def render(
         tools: JSON schemas of functions that the assistant may call.
         chat_template: Jinja source; None takes the tokenizer's.
         stop_tokens: tokens that end a reply; None takes the tokenizer's eos and the generation config beside it.
+        append_stop_token: puts a stop token behind replies that the template ends without one.
         template_variables: passed to the template (`enable_thinking=False`).
 
     Raises:
         TemplateError: no template, one that fails on these messages, or one that cannot be traced.
     """
-    template = chat_template or plain_template(tokenizer)
-    stops = stop_tokens_of(tokenizer) if stop_tokens is None else list(stop_tokens)
-    variables = {"documents": None, **tokenizer.special_tokens_map, **template_variables}
-    variables |= {"tools": list(tools) if tools else None}
-    text = _traced(template, messages, variables)
-    prompt = _prompts(template, messages, variables)
-    extents = extents_of(text)
-    supervised, notes = [], []
-    replies = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-    for turn, index in enumerate(replies):
-        start, end, found = find_reply(text, extents, index, prompt, stops)
+    return _Rendering(
+        messages, tokenizer, tools, chat_template, stop_tokens, append_stop_token, template_variables
+    ).rendered()
+
+
+def render_turns(
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template: str | None = None,
+    stop_tokens: Sequence[str] | None = None,
+    append_stop_token: bool = False,
+    turns: Turns = "all",
+    **template_variables: Any,
+) -> list[Rendered]:
+    """A conversation → what is trained of it; the arguments are those of `render`, and `turns`.
+
+    Args:
+        turns: `all` marks every reply of the one rendering, `last` only the last. Many templates render a reply
+            otherwise once another message follows; `each` renders every reply as it is produced, with nothing
+            behind it, and joins two into one text wherever the second continues the first.
+
+    Raises:
+        TemplateError: as `render`.
+    """
+    whole = _Rendering(messages, tokenizer, tools, chat_template, stop_tokens, append_stop_token, template_variables)
+    rendered = whole.rendered(only_last=turns == "last")
+    differs = any(note.status in (HISTORY_DIFFERS, PROMPT_MISMATCH, REWRITTEN) for note in rendered.notes)
+    if turns != "each" or not differs:
+        return [rendered]
+    joined: list[Rendered] = []
+    for index in whole.replies:
         if messages[index].get("train") is False:
             continue
-        if missing := what_is_missing(messages[index], text[extents[index].first : end], template):
-            found.append(missing)
-        notes += [Note(turn, status, words) for status, words in found]
-        if end > start:
-            supervised.append((start, end))
-    return Rendered("".join(text), supervised, notes)
+        part = whole.first(index + 1).rendered(only_last=True)
+        if part.supervised:
+            part = _through_last_reply(part)
+        if joined and part.text.startswith(joined[-1].text) and part.supervised:
+            previous = joined.pop()
+            notes = previous.notes + [note for note in part.notes if note not in previous.notes]
+            supervised = previous.supervised + part.supervised
+            part = replace(part, supervised=supervised, notes=notes, replies=previous.replies + 1)
+        joined.append(part)
+    return joined
 
 
-def _traced(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Traced:
-    """The text with its origins; it must be the text that transformers renders, character for character."""
-    from jinja2 import TemplateError as JinjaError
-
-    variables = {**variables, "add_generation_prompt": False}
-    try:
-        compiled = compile_traced(template)
-        plain = compiled.plain_text(with_aliases(messages), variables)
-        text = compiled.render(with_aliases(messages), variables)
-    except (JinjaError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise TemplateError(f"the chat template fails on this conversation: {error}") from None
-    if text != plain:
-        raise TemplateError(
-            "the chat template does something with the messages that cannot be traced, so what the assistant says "
-            "cannot be told from the rest; choose another with chat_template (`lora-sft templates` lists ours)"
-        )
-    return text
+def _through_last_reply(rendered: Rendered) -> Rendered:
+    """Without what the template writes behind the last reply."""
+    end = rendered.supervised[-1][1]
+    literal = [(first, min(last, end)) for first, last in rendered.literal if first < end]
+    return replace(rendered, text=rendered.text[:end], literal=literal)
 
 
-def _prompts(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Prompt:
-    """Renders the first messages as the model is given them, each at most once."""
-    from jinja2 import TemplateError as JinjaError
+class _Rendering:
+    """One conversation, rendered; its parts are made when they are asked for, each once."""
 
-    compiled = compile_traced(template)
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        tokenizer: "PreTrainedTokenizerBase",
+        tools: Sequence[Mapping[str, Any]] | None,
+        chat_template: str | None,
+        stop_tokens: Sequence[str] | None,
+        append_stop_token: bool,
+        template_variables: Mapping[str, Any],
+    ) -> None:
+        self.messages, self.tokenizer = messages, tokenizer
+        self._arguments = (tools, chat_template, stop_tokens, append_stop_token, template_variables)
+        self.append_stop_token = append_stop_token
+        self.stops = stop_tokens_of(tokenizer) if stop_tokens is None else list(stop_tokens)
+        self.variables: dict[str, Any] = {
+            "documents": None,
+            **tokenizer.special_tokens_map,
+            **template_variables,
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": False,
+        }
+        self.template = chat_template or plain_template(tokenizer)
+        self.shown = with_aliases(messages)
+        self.replies = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+        self.compiled = _compiled(self.template)
 
-    @cache
-    def prompt(count: int, with_generation_prompt: bool) -> str | None:
+    def first(self, count: int) -> "_Rendering":
+        """The same conversation, broken off behind its first `count` messages."""
+        return _Rendering(self.messages[:count], self.tokenizer, *self._arguments)
+
+    def rendered(self, only_last: bool = False) -> Rendered:
+        """The text with its supervised spans; `only_last` marks those of the last reply only."""
+        found: list[tuple[int, Reply]] = []
+        notes: list[Note] = []
+        for turn, index in enumerate(self.replies):
+            if self.messages[index].get("train") is False or (only_last and index != self.replies[-1]):
+                continue
+            reply = self.reply(index)
+            found.append((turn, reply))
+            notes += [Note(turn, status, words) for status, words in [*reply.notes, *self._changes(index, reply)]]
+        notes += self._spelled_notes()
+        text = self.plain
+        literal = literal_stretches(text, self.control, self.tokenizer)
+        notes += self._mark_notes([reply for _, reply in found]) if not only_last else []
+        supervised = [(reply.start, reply.end) for _, reply in found if reply.end > reply.start]
+        rendered = Rendered(text, supervised, notes, literal, len(found))
+        return self._with_stop_tokens(rendered, [reply for _, reply in found]) if self.append_stop_token else rendered
+
+    @property
+    def plain(self) -> str:
+        """The text as transformers renders it."""
+        return self._plain_and_marks[0]
+
+    @cached_property
+    def _plain_and_marks(self) -> tuple[str, list[tuple[int, int]]]:
         try:
-            some = with_aliases(messages[:count])
-            return compiled.plain_text(some, {**variables, "add_generation_prompt": with_generation_prompt})
-        except (JinjaError, TypeError, ValueError, KeyError, AttributeError):
-            return None  # many templates refuse a conversation without a question
+            if self.compiled.is_marked:
+                return self.compiled.marked_text(self.shown, self.variables)
+            return self.compiled.plain_text(self.shown, self.variables), []
+        except FAILURES as error:
+            raise TemplateError(f"the chat template fails on this conversation: {error}") from None
 
-    return prompt
+    @cached_property
+    def traced(self) -> Traced:
+        """The text with its origins; it must be the text that transformers renders, character for character."""
+        plain = self.plain
+        try:
+            text = self.compiled.render(self.shown, self.variables)
+        except FAILURES:
+            text = None
+        if text != plain or text is None:
+            raise TemplateError(
+                "the chat template does something with the messages that cannot be traced, so what the assistant says "
+                "cannot be told from the rest; choose another with chat_template (`lora-sft templates` lists ours)"
+            )
+        return text
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        return runs_of(self.traced)
+
+    @cached_property
+    def extents(self) -> dict[int, Extent]:
+        return extents_of(self.runs)
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        return find_control_tokens(self.traced, self.tokenizer, self.stops, self.replies)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return Prompts(self.compiled, self.shown, self.variables, self.plain, self.extents)
+
+    def reply(self, index: int) -> Reply:
+        """Where the reply at `index` among the messages stands."""
+        return find_reply(self.plain, self.runs, self.extents, index, self.prompts, self.stops, self.control.written)
+
+    def written_for(self, index: int, reply: Reply) -> str:
+        """The text of a message's turn, header and all."""
+        return self.plain[min(self.extents[index].first, reply.start) : reply.end] if index in self.extents else ""
+
+    def _changes(self, index: int, reply: Reply) -> list[tuple[str, str]]:
+        """What the template leaves out of a reply, or writes otherwise once another message follows."""
+        if index not in self.extents:
+            return []
+        last = index == len(self.messages) - 1
+
+        def when_last() -> str | None:
+            if last:
+                return None
+            try:
+                alone = self.first(index + 1)
+                return alone.written_for(index, alone.reply(index))
+            except TemplateError:
+                return None
+
+        if missing := what_is_missing(self.messages[index], self.written_for(index, reply), when_last):
+            return [missing]
+        if last or self.prompts.reads_forward(index + 1):
+            return []
+        before = self.prompts.before(index + 1)
+        if before is None or before[: reply.end] == self.plain[: reply.end]:
+            return []
+        try:
+            alone = self.first(index + 1)
+            then = alone.reply(index)
+        except TemplateError:
+            return []
+        if then.end <= then.start or alone.plain[then.start : then.end] == self.plain[reply.start : reply.end]:
+            return []
+        return [(REWRITTEN, "the template writes it otherwise once another message follows")]
+
+    def _spelled_notes(self) -> list[Note]:
+        """One note if messages spell control tokens."""
+        if not self.control.spelled:
+            return []
+        names = dict.fromkeys(self.plain[slice(*place)] for place in self.control.spelled)
+        return [Note(0, CONTROL_TOKEN, f"messages spell {', '.join(names)}; it stays plain text")]
+
+    def _mark_notes(self, replies: Sequence[Reply]) -> list[Note]:
+        """One note for each way in which the template's own marks differ from what the model must produce."""
+        marks = self._plain_and_marks[1]
+        if not self.compiled.is_marked or not replies:
+            return []
+        return [Note(0, MARKS_DIFFER, words) for words in _differences(self.plain, marks, replies)]
+
+    def _with_stop_tokens(self, rendered: Rendered, replies: Sequence[Reply]) -> Rendered:
+        """Puts the missing stop tokens in."""
+        places = {reply.needs_stop for reply in replies if reply.needs_stop is not None}
+        if not places or not self.stops:
+            return rendered
+        stop = self._stop_used_elsewhere(replies)
+
+        def moved(place: int, is_end: bool = False) -> int:
+            before = sum(1 for other in places if other < place or (is_end and other == place))
+            return place + before * len(stop)
+
+        cuts = [0, *sorted(places), len(rendered.text)]
+        text = stop.join(rendered.text[first:last] for first, last in pairwise(cuts))
+        supervised = [(moved(start), moved(end, is_end=True)) for start, end in rendered.supervised]
+        literal = [(moved(first), moved(last)) for first, last in rendered.literal]
+        notes = [note for note in rendered.notes if note.status != NO_STOP_TOKEN]
+        return replace(rendered, text=text, supervised=supervised, literal=literal, notes=notes)
+
+    def _stop_used_elsewhere(self, replies: Sequence[Reply]) -> str:
+        """The stop token with which the template ends another reply; the first one known if there is none."""
+        for reply in replies:
+            learned = self.plain[reply.start : reply.end]
+            for stop in self.stops if reply.needs_stop is None else ():
+                if learned.endswith(stop):
+                    return stop
+        return self.stops[0]
+
+
+def _differences(text: str, marks: Sequence[tuple[int, int]], replies: Sequence[Reply]) -> list[str]:
+    """What the template's marks cover beside the replies, and what they leave out; each kind once."""
+    mine = [(reply.start, reply.end) for reply in replies]
+    found: dict[str, None] = {}
+    for verb, spans, others in (("also cover", marks, mine), ("leave out", mine, marks)):
+        for first, last in _without(spans, others):
+            found[f"the template's own marks {verb} {text[first : min(last, first + 40)]!r}"] = None
+    return list(found)
+
+
+def _without(spans: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of the spans no other span covers."""
+    left = []
+    for first, last in spans:
+        for start, end in sorted(others):
+            if end <= first or start >= last:
+                continue
+            if start > first:
+                left.append((first, start))
+            first = max(first, end)
+        if first < last:
+            left.append((first, last))
+    return left
+
+
+def _compiled(template: str) -> TracedTemplate:
+    try:
+        return compile_traced(template)
+    except FAILURES as error:
+        raise TemplateError(f"the chat template fails on this conversation: {error}") from None
 
 
 def with_aliases(messages: Sequence[Message]) -> list[Message]:
@@ -143,22 +372,3 @@ def plain_template(tokenizer: "PreTrainedTokenizerBase") -> str:
             "the model has no chat template; choose one with chat_template (`lora-sft templates` lists them)"
         )
     return str(template)
-
-
-def stop_tokens_of(tokenizer: "PreTrainedTokenizerBase", eos_token_id: int | list[int] | None = None) -> list[str]:
-    """The tokens that end a reply: the tokenizer's eos, and those of the model's generation config.
-
-    Args:
-        eos_token_id: of the generation config; None reads the one that lies beside the tokenizer, if it was
-            loaded from a folder.
-    """
-    if eos_token_id is None:
-        beside = Path(str(tokenizer.name_or_path)) / "generation_config.json"
-        if beside.is_file():
-            import json
-
-            eos_token_id = json.loads(beside.read_text(encoding="utf-8")).get("eos_token_id")
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    known = [tokenizer.convert_ids_to_tokens(token_id) for token_id in ids]
-    eos = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
-    return list(dict.fromkeys([*eos, *(token for token in known if isinstance(token, str))]))

@@ -1,7 +1,8 @@
 """Text that knows, for each of its characters, the message that it was written for."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, SupportsIndex
+from itertools import groupby
+from typing import Any, NamedTuple, SupportsIndex
 
 NOBODY = -1
 """Origin of a character that was written for no message (a preamble, the tools)."""
@@ -188,3 +189,29 @@ def join(parts: Iterable[Any], separator: str, trace: Trace) -> Traced:
         texts.append(part)
         origins += origins_of(part, trace)
     return Traced("".join(texts), origins, trace)
+
+
+class Run(NamedTuple):
+    """A stretch of text of one origin.
+
+    Attributes:
+        start, end: offsets into the text.
+        message: index of the message that it was written for, or NOBODY.
+        is_own: whether it stands in the message itself; else the template wrote it.
+    """
+
+    start: int
+    end: int
+    message: int
+    is_own: bool
+
+
+def runs_of(text: Traced) -> list[Run]:
+    """The text as stretches of one origin each, in order."""
+    runs, position = [], 0
+    for origin, stretch in groupby(text.origins):
+        end = position + len(list(stretch))
+        message = NOBODY if origin == NOBODY else origin // 2
+        runs.append(Run(position, end, message, origin != NOBODY and origin % 2 == 1))
+        position = end
+    return runs

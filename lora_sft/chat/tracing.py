@@ -11,12 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import TemplateError as JinjaError
 from jinja2 import nodes
 from jinja2.environment import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from lora_sft.chat.forward import first_free_message
 from lora_sft.chat.traced import Trace, Traced, join, own_words
+
+FAILURES = (JinjaError, TypeError, ValueError, KeyError, AttributeError)
+"""What a template may raise on messages that it cannot render."""
 
 
 class _Marks(NodeTransformer):
@@ -56,7 +61,12 @@ def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:
 
 
 class TracedTemplate:
-    """A chat template compiled to be traced. Use `compile_traced`, which keeps them."""
+    """A chat template compiled to be traced. Use `compile_traced`, which keeps them.
+
+    Attributes:
+        first_free_message: see `forward.py`.
+        is_marked: whether the template marks replies itself, with `{% generation %}`.
+    """
 
     def __init__(self, source: str) -> None:
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -81,7 +91,10 @@ class TracedTemplate:
             "string": lambda value: value if isinstance(value, str) else str(value),
         }
         environment.concat = lambda parts: join(parts, "", self._trace)  # type: ignore[method-assign]
-        tree = _Marks().visit(environment.parse(source))
+        tree = environment.parse(source)
+        self.first_free_message = first_free_message(tree)
+        self.is_marked = any(_is_generation_block(block) for block in tree.find_all(nodes.CallBlock))
+        tree = _Marks().visit(tree)
         code = environment.compile(tree)
         self.template = Template.from_code(environment, code, environment.make_globals(None))
 
@@ -103,6 +116,17 @@ class TracedTemplate:
     def plain_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """The text as transformers renders it."""
         return str(self.plain.render(**{**variables, "messages": list(messages)}))
+
+    def marked_text(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text as transformers renders it, and what stands in the template's own `{% generation %}` blocks."""
+        pieces: list[str] = []
+        marks: list[tuple[int, int]] = []
+        with self.plain.environment.activate_tracker(pieces, marks):
+            for piece in self.plain.generate(**{**variables, "messages": list(messages)}):
+                pieces.append(piece)
+        return "".join(pieces), marks
 
     def _here(self, text: Any) -> Any:
         return Traced(text, [self._trace.template_origin()] * len(text), self._trace) if type(text) is str else text
@@ -140,6 +164,12 @@ class TracedTemplate:
         text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         owner = max(_owners(value), default=self._trace.template_origin())
         return Traced(text, [owner] * len(text), self._trace)
+
+
+def _is_generation_block(block: nodes.CallBlock) -> bool:
+    """`{% generation %}`, as transformers' extension parses it."""
+    method = block.call.node
+    return isinstance(method, nodes.ExtensionAttribute) and method.name == "_generation_support"
 
 
 def _owners(value: Any) -> Iterator[int]:

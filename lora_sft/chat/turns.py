@@ -4,27 +4,34 @@ For assistant turn i the model is given P = the messages before it, rendered wit
 produce everything after that, through the first stop token behind the message's own last character.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import NamedTuple
+from itertools import pairwise, takewhile
+from typing import NamedTuple, Protocol
 
-from lora_sft.chat.traced import NOBODY, Traced
-from lora_sft.data.conversation import Message
+from lora_sft.chat.traced import NOBODY, Run
 from lora_sft.errors import TemplateError
 
-# What a note says, from harmless to harmful; the last two stop a run.
+# What a note says, from harmless to harmful.
 HISTORY_DIFFERS = "history differs"
+MARKS_DIFFER = "marks differ"
+CONTROL_TOKEN = "control token in text"
+STOP_GUESSED = "stop token guessed"
 PROMPT_MISMATCH = "prompt mismatch"
 REWRITTEN = "rewritten"
 DROPPED = "dropped"
 NO_STOP_TOKEN = "no stop token"
+STATUSES = (
+    HISTORY_DIFFERS,
+    MARKS_DIFFER,
+    CONTROL_TOKEN,
+    STOP_GUESSED,
+    PROMPT_MISMATCH,
+    REWRITTEN,
+    DROPPED,
+    NO_STOP_TOKEN,
+)
 HARMFUL = (DROPPED, NO_STOP_TOKEN)
-
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
-Prompt = Callable[[int, bool], str | None]
-"""(how many messages, with the generation prompt) → their text; None if the template refuses them."""
 
 
 class Note(NamedTuple):
@@ -37,107 +44,158 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a message stands in the text: its first and last character, and the end of its own last word.
+    """Where a message stands in the text.
 
     Attributes:
         first, last: offsets of the first and behind the last character written for it.
-        own_end: offset behind the last character of its own words; `first` if there are none.
+        own_start, own_end: the same of its own words; both `last` if there are none.
+        tail: offset behind what is written for it right behind its own words.
     """
 
     first: int
     last: int
+    own_start: int
     own_end: int
+    tail: int
 
 
-def extents_of(text: Traced) -> dict[int, Extent]:
-    """{index of a message: its extent}, in one walk over the text."""
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    own_end: dict[int, int] = {}
-    for position, origin in enumerate(text.origins):
-        if origin == NOBODY:
-            continue
-        index, is_own = divmod(origin, 2)
-        first.setdefault(index, position)
-        last[index] = position + 1
-        if is_own:
-            own_end[index] = position + 1
-    return {index: Extent(first[index], last[index], own_end.get(index, first[index])) for index in first}
+class Reply(NamedTuple):
+    """Where a reply stands, and [(status, words)] of what a person should know.
+
+    `needs_stop` is where a stop token would have to be put in; None if the template writes one.
+    """
+
+    start: int
+    end: int
+    notes: list[tuple[str, str]]
+    needs_stop: int | None = None
+
+
+class Given(Protocol):
+    """What stands before a reply (`prompts.py`)."""
+
+    def given(self, index: int) -> str | None:
+        """What the model is given before it writes message `index`; None if the template refuses it."""
+
+    def before(self, count: int) -> str | None:
+        """The first `count` messages without a generation prompt; None if the template refuses them."""
+
+
+def extents_of(runs: Sequence[Run]) -> dict[int, Extent]:
+    """{index of a message: its extent}."""
+    places: dict[int, list[int]] = {}
+    for place, run in enumerate(runs):
+        if run.message != NOBODY:
+            places.setdefault(run.message, []).append(place)
+    return {message: _extent(runs, _without_quotes(runs, found)) for message, found in places.items()}
+
+
+def _without_quotes(runs: Sequence[Run], places: list[int]) -> list[int]:
+    """Leaves out where another message's text repeats a word of this one, a function's name for instance."""
+
+    def is_quote(place: int) -> bool:
+        around = [runs[near].message for near in (place - 1, place + 1) if 0 <= near < len(runs)]
+        other = around[0] if len(around) == 2 and around[0] == around[1] else NOBODY
+        return runs[place].is_own and other not in (NOBODY, runs[place].message)
+
+    return [place for place in places if not is_quote(place)] or places
+
+
+def _extent(runs: Sequence[Run], places: Sequence[int]) -> Extent:
+    mine = [runs[place] for place in places]
+    own = [run for run in mine if run.is_own]
+    tail = len(runs)
+    if own:
+        following = places[mine.index(own[-1]) :]
+        tail = next((place for place, back in pairwise(following) if back != place + 1), following[-1])
+    return Extent(
+        mine[0].start,
+        mine[-1].end,
+        own[0].start if own else mine[-1].end,
+        own[-1].end if own else mine[-1].end,
+        runs[tail].end if own else mine[-1].end,
+    )
 
 
 def find_reply(
-    text: Traced, extents: dict[int, Extent], index: int, prompt: Prompt, stops: Sequence[str]
-) -> tuple[int, int, list[tuple[str, str]]]:
-    """(start, end, [(status, words)]) of the reply that stands at `index` among the messages.
+    text: str,
+    runs: Sequence[Run],
+    extents: dict[int, Extent],
+    index: int,
+    prompts: Given,
+    stops: Sequence[str],
+    control_tokens: Sequence[tuple[int, int]] = (),
+) -> Reply:
+    """Where the reply stands that is at `index` among the messages.
+
+    Args:
+        stops: the known stop tokens.
+        control_tokens: where the template writes special tokens; one of them may have to pass for a stop token.
 
     Raises:
-        TemplateError: the template writes nothing for it, or mixes it with another message.
+        TemplateError: the template mixes it with another message.
     """
     extent = extents.get(index)
     if extent is None:
-        raise TemplateError(f"the chat template writes nothing for message {index + 1}, a reply")
+        return Reply(0, 0, [(DROPPED, "the template writes nothing for it")])
     notes: list[tuple[str, str]] = []
-    start, status = _start(text, extent, index, prompt, stops)
+    start, status = _start(text, extent, index, prompts, stops)
     if status == PROMPT_MISMATCH:
         notes.append((status, "the prompt that comes before this reply in use is not what stands before it here"))
     elif status:
         notes.append((status, "earlier turns are rendered otherwise when the reply is still to come"))
-    end = _through_stop_token(text, max(start, extent.own_end), _next_own_words(text, extent.last), stops)
+    words_end = max(start, extent.own_end if extent.own_start < extent.own_end else start)
+    limit = next((run.start for run in runs if run.start >= words_end and run.is_own), len(text))
+    end = _through_stop_token(text, words_end, max(words_end, extent.tail), limit, stops)
+    needs_stop = None
+    if end is None and (guess := _control_token(text, words_end, extent.tail, limit, control_tokens)):
+        end = guess[1]
+        notes.append((STOP_GUESSED, f"{text[slice(*guess)]} is taken for its stop token"))
     if end is None:
         known = ", ".join(stops) or "(no stop token known)"
         notes.append((NO_STOP_TOKEN, f"the template does not end the reply with one of {known}"))
-        end = extent.last
-    if any(origin // 2 != index and origin % 2 for origin in text.origins[start:end] if origin != NOBODY):
+        end = needs_stop = max(words_end, len(text[: extent.tail].rstrip()))
+    mixed = (run for run in runs if run.end > start and run.start < max(end, extent.own_end))
+    if any(run.is_own and run.message != index for run in mixed):
         raise TemplateError(f"the chat template mixes message {index + 1}, a reply, with another message")
-    return start, max(start, end), notes
+    return Reply(start, max(start, end), notes, needs_stop)
 
 
-def _start(text: Traced, extent: Extent, index: int, prompt: Prompt, stops: Sequence[str]) -> tuple[int, str]:
+def _start(text: str, extent: Extent, index: int, prompts: Given, stops: Sequence[str]) -> tuple[int, str]:
     """Where the model takes over, and a status if the text before it is not exactly its prompt."""
-    given = prompt(index, True)
+    given = prompts.given(index)
     if given is not None and text.startswith(given) and len(given) <= extent.last:
         return len(given), ""
-    before = prompt(index, False)
+    before = prompts.before(index) if given is not None else None
     known = given is not None and before is not None and given.startswith(before)
     generation_prompt = given[len(before) :] if known and given is not None and before is not None else ""
-    own_start = next((p for p in range(extent.first, extent.last) if text.origins[p] == 2 * index + 1), extent.last)
     if not generation_prompt:
-        return own_start, PROMPT_MISMATCH  # nothing to compare with: all before the message's own words is its header
-    if (place := text.find(generation_prompt, extent.first, own_start)) >= 0:
+        # Nothing to compare with: all before the message's own words is its header.
+        return extent.own_start, PROMPT_MISMATCH
+    place = text.find(generation_prompt, extent.first, extent.last)
+    if 0 <= place <= extent.own_start:
         return place + len(generation_prompt), HISTORY_DIFFERS
     # Where the two part. What the message says itself, and the token that ends it, are never part of a prompt.
-    stop_starts = (text.find(stop, extent.first) for stop in stops if stop)
-    limit = min([own_start, *(place for place in stop_starts if place >= 0)])
+    stop_starts = (text.find(stop, extent.first, extent.last) for stop in stops if stop)
+    limit = min([extent.own_start, *(place for place in stop_starts if place >= 0)])
     pairs = zip(generation_prompt, text[extent.first : limit], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return extent.first + shared, PROMPT_MISMATCH
 
 
-def _next_own_words(text: Traced, position: int) -> int:
-    """Where the own words of a later message begin; the end of the text if nowhere."""
-    return next((p for p in range(position, len(text)) if text.origins[p] != NOBODY and text.origins[p] % 2), len(text))
+def _through_stop_token(text: str, start: int, tail: int, limit: int, stops: Sequence[str]) -> int | None:
+    """Where the first stop token from `start` on ends: one in the message's own tail, or right behind it."""
+    places = [(place, -len(stop)) for stop in stops if stop and (place := text.find(stop, start, limit)) >= 0]
+    if not places:
+        return None
+    place, length = min(places)  # of two that start together, the longer
+    return place - length if place < tail or not text[tail:place].strip() else None
 
 
-def _through_stop_token(text: str, start: int, limit: int, stops: Sequence[str]) -> int | None:
-    """Where the first stop token from `start` on ends, if it does so before `limit`."""
-    places = [(text.find(stop, start, limit), len(stop)) for stop in stops if stop]
-    found = min((place for place in places if place[0] >= 0), default=None)
-    return found[0] + found[1] if found else None
-
-
-def what_is_missing(reply: Message, written: str, template: str) -> tuple[str, str] | None:
-    """(status, words) if the template left out something of a reply: its words, its reasoning or one of its calls.
-
-    A template that knows of reasoning may leave it out of earlier turns; one that does not know of it drops it.
-    """
-    if reply.get("reasoning_content") and not any(name in template for name in REASONING_FIELDS):
-        return DROPPED, "the template leaves out its reasoning"
-    words = (reply.get("content") or "").strip()
-    if isinstance(words, str) and words not in written:
-        thought, _, answer = words.rpartition("</think>")
-        if thought and answer.strip() in written:
-            return REWRITTEN, "the template leaves its thoughts out of an earlier turn"
-        return DROPPED, "the template leaves out what the assistant says"
-    calls = [call["function"]["name"] for call in reply.get("tool_calls") or []]
-    lost = next((name for name in calls if name not in written), None)
-    return (DROPPED, f"the template leaves out the call of {lost}") if lost else None
+def _control_token(
+    text: str, start: int, tail: int, limit: int, control_tokens: Sequence[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """The first special token that the template writes behind the reply, if it stands where a stop token would."""
+    behind = ((first, last) for first, last in control_tokens if first >= start and last <= limit)
+    found = next(behind, None)
+    return found if found and (found[0] < tail or not text[tail : found[0]].strip()) else None

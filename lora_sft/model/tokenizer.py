@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_sft.chat.rendering import plain_template, stop_tokens_of
+from lora_sft.chat.rendering import plain_template
+from lora_sft.chat.stops import stop_tokens_of
 from lora_sft.chat.templates import Template, find_template
 from lora_sft.console import say
 from lora_sft.errors import ModelError, TemplateError

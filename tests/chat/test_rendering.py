@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lora_sft.chat.rendering import render, stop_tokens_of
+from lora_sft.chat.rendering import render
+from lora_sft.chat.stops import stop_tokens_of
 from lora_sft.chat.turns import DROPPED, NO_STOP_TOKEN
 from lora_sft.errors import TemplateError
 from tests.conftest import conversation
@@ -14,6 +15,10 @@ CLOSE = (
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+
+PLAIN_OPEN = OPEN.replace("{% generation %}", "")
+PLAIN_CLOSE = CLOSE.replace("{% endgeneration %}", "")
 
 
 def learned(template: str, tokenizer, *turns: str) -> list[str]:
@@ -39,7 +44,8 @@ def test_a_reply_equal_to_the_question_is_not_taken_for_it(tokenizer):
 
 
 def test_a_reply_without_a_stop_token_is_noted(tokenizer):
-    rendered = render(conversation("hi", "yo", "hi", "yo"), tokenizer, chat_template=OPEN + "{{ m.content }}\n" + CLOSE)
+    template = PLAIN_OPEN + "{{ m.content }}\n" + PLAIN_CLOSE
+    rendered = render(conversation("hi", "yo", "hi", "yo"), tokenizer, chat_template=template)
     assert [(note.turn, note.status) for note in rendered.notes] == [(0, NO_STOP_TOKEN), (1, NO_STOP_TOKEN)]
 
 
@@ -53,7 +59,6 @@ def test_words_that_the_template_leaves_out_are_noted(tokenizer):
     [
         ("{% generation %}x{% endgeneration %}{{ raise_exception('not like that') }}", "not like that"),
         ("{% generation %}x", "fails on this conversation"),
-        ("{{ messages[0].content }}", "writes nothing for message 2, a reply"),
         (
             # Thrown eight times, so that the two renderings never agree by luck.
             "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -65,6 +70,12 @@ def test_words_that_the_template_leaves_out_are_noted(tokenizer):
 def test_a_template_that_cannot_serve_is_refused(template, words, tokenizer):
     with pytest.raises(TemplateError, match=words):
         render(conversation("a", "b", "c", "d"), tokenizer, chat_template=template)
+
+
+def test_a_reply_for_which_nothing_is_written_is_noted(tokenizer):
+    rendered = render(conversation("hi", "yo"), tokenizer, chat_template="{{ messages[0].content }}")
+    assert (rendered.text, rendered.supervised) == ("hi", [])
+    assert [(note.status, note.words) for note in rendered.notes] == [(DROPPED, "the template writes nothing for it")]
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer):

@@ -1,0 +1,68 @@
+"""A conversation's first messages → the text that the model is given, or that transformers renders of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_sft.chat.tracing import FAILURES, TracedTemplate
+from lora_sft.chat.turns import Extent
+from lora_sft.data.conversation import Message
+
+
+class Prompts:
+    """What stands before each reply; each text is rendered once at most, and only when it is asked for.
+
+    Args:
+        messages: as transformers hands them to a template (`with_aliases`).
+        text: the whole conversation, rendered.
+        extents: {index of a message: where it stands in the text}.
+    """
+
+    def __init__(
+        self,
+        compiled: TracedTemplate,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        text: str,
+        extents: Mapping[int, Extent],
+    ) -> None:
+        self.compiled, self.messages, self.variables = compiled, messages, variables
+        self.text, self.extents = text, extents
+        self._known: dict[tuple[int, bool], str | None] = {}
+        self._generation_prompt: str | None = None
+
+    def given(self, index: int) -> str | None:
+        """What the model is given before it writes message `index`; None if the template refuses it."""
+        if self.reads_forward(index) and (generation_prompt := self._constant_generation_prompt()) is not None:
+            return self.text[: self.extents[index].first] + generation_prompt
+        return self._render(index, True)
+
+    def before(self, count: int) -> str | None:
+        """The first `count` messages without a generation prompt; None if the template refuses them."""
+        if self.reads_forward(count):
+            return self.text[: self.extents[count].first]
+        return self.text if count == len(self.messages) else self._render(count, False)
+
+    def reads_forward(self, index: int) -> bool:
+        """Whether the text before message `index` is certain not to depend on it or on any later one."""
+        first = self.compiled.first_free_message
+        return first is not None and index >= first and index in self.extents
+
+    def _constant_generation_prompt(self) -> str | None:
+        """What a template that reads forward writes behind its loop when a reply is to come."""
+        if self._generation_prompt is None:
+            whole = self._render(len(self.messages), True)
+            nothing_behind = max(extent.last for extent in self.extents.values()) == len(self.text)
+            if whole is None or not whole.startswith(self.text) or not nothing_behind:
+                return None
+            self._generation_prompt = whole[len(self.text) :]
+        return self._generation_prompt
+
+    def _render(self, count: int, with_generation_prompt: bool) -> str | None:
+        key = (count, with_generation_prompt)
+        if key not in self._known:
+            try:
+                variables = {**self.variables, "add_generation_prompt": with_generation_prompt}
+                self._known[key] = self.compiled.plain_text(self.messages[:count], variables)
+            except FAILURES:
+                self._known[key] = None  # many templates refuse a conversation without a question
+        return self._known[key]
