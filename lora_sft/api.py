@@ -25,7 +25,7 @@ from lora_sft.settings import read_file, resolve
 from lora_sft.training.evaluation import measure
 from lora_sft.training.job import load_speech, make_job
 from lora_sft.training.output import OutputFolder
-from lora_sft.training.preparation import prepare, render_all
+from lora_sft.training.preparation import prepare, render_conversation
 from lora_sft.training.progress import Listener
 from lora_sft.training.run import train
 from lora_sft.training.saving import make_manifest
@@ -221,5 +221,8 @@ def preview(
     if source is None:
         raise DataError("no data: give conversations with dataset (--dataset)")
     conversations = to_conversations(read_rows(source, resolved.dataset_split))
-    for conversation, text in render_all(conversations, speech, resolved.chat_template_kwargs):
-        yield Preview(conversation.source, text, encode_rendered(text, speech.tokenizer, source=conversation.source))
+    options = (resolved.chat_template_kwargs, resolved.turns, resolved.append_stop_token)
+    for conversation in conversations:
+        for text in render_conversation(conversation, speech, *options):
+            example = encode_rendered(text, speech.tokenizer, source=conversation.source)
+            yield Preview(conversation.source, text, example)

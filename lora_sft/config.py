@@ -166,6 +166,9 @@ class DataSettings(Section):
         "A name from `lora-sft templates`, or a .jinja file. Unset: the model's own.",
         also=("template", "chat_template_path", "conversation_template"),
     )
+    chat_template_dir: str | None = setting(
+        None, "A folder with .jinja files of your own; chat_template finds them by name, before ours."
+    )
     chat_template_kwargs: dict[str, Any] = setting({}, "Variables for the chat template: {enable_thinking: false}.")
     max_length: Annotated[int, Field(ge=2)] = setting(
         2048,
@@ -176,6 +179,22 @@ class DataSettings(Section):
         "drop",
         "What happens to longer ones: drop the row, cut its end off (and with it the stop token), or stop.",
         also=("on_too_long",),
+    )
+    turns: Literal["all", "last", "each"] = setting(
+        "all",
+        "Which replies are learned: all of a conversation, only its last, or each as it is produced, with nothing "
+        "behind it (for templates that write earlier turns otherwise).",
+    )
+    append_stop_token: bool = setting(False, "Put a stop token behind replies that the chat template ends without one.")
+    allow: Annotated[list[Literal["dropped", "no_stop_token", "no_reply"]], BeforeValidator(_split_list)] = setting(
+        [],
+        "What would otherwise stop the run: words of a reply that the template leaves out (dropped), replies without "
+        "a stop token (no_stop_token), conversations in which nothing is learned (no_reply).",
+    )
+    dataset_num_proc: PositiveInt = setting(
+        1,
+        "Processes that render and tokenize the conversations.",
+        also=("num_proc", "preprocessing_num_workers", "dataset_processes"),
     )
 
 

@@ -181,7 +181,11 @@ class _Rendering:
         text = self.plain
         literal = literal_stretches(text, self.control, self.tokenizer)
         notes += self._mark_notes([reply for _, reply in found]) if not only_last else []
-        supervised = [(reply.start, reply.end) for _, reply in found if reply.end > reply.start]
+        supervised = [
+            (reply.start, reply.end)
+            for _, reply in found
+            if reply.end > reply.start or (self.append_stop_token and reply.needs_stop is not None)
+        ]
         rendered = Rendered(text, supervised, notes, literal, len(found))
         return self._with_stop_tokens(rendered, [reply for _, reply in found]) if self.append_stop_token else rendered
 
@@ -290,14 +294,20 @@ class _Rendering:
             return rendered
         stop = self._stop_used_elsewhere(replies)
 
-        def moved(place: int, is_end: bool = False) -> int:
-            before = sum(1 for other in places if other < place or (is_end and other == place))
+        def moved(place: int, behind: bool = False) -> int:
+            """Where a place is in the new text: before the token that is put in there, or behind it."""
+            before = sum(1 for other in places if other < place or (behind and other == place))
             return place + before * len(stop)
 
-        cuts = [0, *sorted(places), len(rendered.text)]
-        text = stop.join(rendered.text[first:last] for first, last in pairwise(cuts))
-        supervised = [(moved(start), moved(end, is_end=True)) for start, end in rendered.supervised]
-        literal = [(moved(first), moved(last)) for first, last in rendered.literal]
+        cuts = sorted(places)
+        pieces = pairwise([0, *cuts, len(rendered.text)])
+        text = stop.join(rendered.text[first:last] for first, last in pieces)
+        supervised = [(moved(start), moved(end, behind=True)) for start, end in rendered.supervised]
+        literal = [
+            (moved(start, behind=True), moved(end))
+            for first, last in rendered.literal
+            for start, end in pairwise([first, *(cut for cut in cuts if first < cut < last), last])
+        ]
         notes = [note for note in rendered.notes if note.status != NO_STOP_TOKEN]
         return replace(rendered, text=text, supervised=supervised, literal=literal, notes=notes)
 

@@ -32,24 +32,34 @@ def shipped_templates() -> list[Template]:
     return [_read(path) for path in sorted(shipped("templates").glob("*.jinja"))]
 
 
-def find_template(name_or_path: str) -> Template:
+def find_template(name_or_path: str, folder: str | Path | None = None) -> Template:
     """A template by its name in `templates/` or by the path of a .jinja file.
+
+    Args:
+        folder: holds templates of the user's own; their names come before ours.
 
     Raises:
         TemplateError: neither of them exists.
     """
+    own = _templates_in(Path(folder).expanduser()) if folder is not None else {}
     path = Path(name_or_path).expanduser()
     if path.suffix in (".jinja", ".j2"):
         if not path.is_file():
             raise TemplateError(f"chat_template {name_or_path}: no such file (looked in {Path.cwd()})")
         return _read(path)
-    known = {template.name: template for template in shipped_templates()}
+    known = {template.name: template for template in shipped_templates()} | own
     if name_or_path not in known:
         raise TemplateError(
             f'chat_template "{name_or_path}" is not one of {", ".join(known)}; a template of your own is given as a '
             "path that ends in .jinja"
         )
     return known[name_or_path]
+
+
+def _templates_in(folder: Path) -> dict[str, Template]:
+    if not folder.is_dir():
+        raise TemplateError(f"chat_template_dir {folder}: no such folder (looked in {Path.cwd()})")
+    return {path.stem: _read(path) for path in sorted(folder.glob("*.jinja"))}
 
 
 def _read(path: Path) -> Template:

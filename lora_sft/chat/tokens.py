@@ -95,7 +95,10 @@ def _encode(
         )
         return encoded["input_ids"], encoded["offset_mapping"]
     # The same as above without its detour, which takes a fifth of the time.
-    anchor = str(tokenizer.eos_token or "") if goes_on else ""  # some tokenizers put a space before the first token
+    if not goes_on:
+        found = backend.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+    anchor = str(tokenizer.eos_token or "")  # some tokenizers put a space before the very first token
     found = backend.encode(anchor + text, add_special_tokens=False)
     skipped = sum(last <= len(anchor) for _, last in found.offsets) if anchor else 0
     return found.ids[skipped:], [(first - len(anchor), last - len(anchor)) for first, last in found.offsets[skipped:]]

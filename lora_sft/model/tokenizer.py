@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lora_sft.chat.probe import guess_stop_token
 from lora_sft.chat.rendering import plain_template
 from lora_sft.chat.stops import stop_tokens_of
 from lora_sft.chat.templates import Template, find_template
@@ -62,6 +63,7 @@ def prepare_speech(
     generation_config: "GenerationConfig | None" = None,
     chat_template: str | None = None,
     new_tokens: list[str] | None = None,
+    chat_template_dir: str | None = None,
 ) -> Speech:
     """Gives the tokenizer its template, new tokens and a padding token; changes it in place.
 
@@ -69,11 +71,12 @@ def prepare_speech(
         generation_config: names further stop tokens.
         chat_template: a name in `templates/` or a path; None keeps the tokenizer's own.
         new_tokens: tokens to add to the vocabulary.
+        chat_template_dir: holds further templates.
 
     Raises:
         TemplateError: no template, or one whose stop token the vocabulary lacks.
     """
-    template = find_template(chat_template) if chat_template is not None else None
+    template = find_template(chat_template, chat_template_dir) if chat_template is not None else None
     new_ids = _add_tokens(tokenizer, new_tokens or [], template.text if template else str(tokenizer.chat_template))
     if template is not None:
         _use_template(tokenizer, template)
@@ -84,6 +87,12 @@ def prepare_speech(
             "neither the tokenizer nor the generation config names a token that ends a reply (eos_token), so the "
             "model could not learn to stop"
         )
+    if guessed := guess_stop_token(tokenizer, stops):
+        say(
+            "stop token",
+            f"{guessed} (guessed: with it the chat template ends a reply, and not with {', '.join(stops)})",
+        )
+        stops.append(guessed)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or stops[0]
         say(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_sft.chat.turns import REWRITTEN
 from lora_sft.config import RunConfig
 from lora_sft.console import say, warn
 from lora_sft.data.conversation import Conversation
@@ -16,12 +17,14 @@ from lora_sft.model.adapter import attach, check_targets, count_parameters, lora
 from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, name_base, read_config, skeleton
 from lora_sft.model.device import choose_device
 from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
-from lora_sft.training.preparation import Prepared, prepare, some
+from lora_sft.training.preparation import NO_REPLY, Prepared, prepare, some
 from lora_sft.training.trainer import training_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+ADVICE = {REWRITTEN: " (turns: each learns every reply as it is produced)"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def make_job(
         speech = load_speech(config, tokenizer)
     else:
         tokenizer = load_tokenizer(spec) if tokenizer is None else tokenizer
-        speech = prepare_speech(tokenizer, model.generation_config, config.chat_template, config.new_tokens)
+        speech = _speech(config, tokenizer, model.generation_config)
     lora = lora_config(config, speech.new_token_ids, shape)
     trained = _rehearse(lora, shape, speech) if model is None else 0
     kept, held_out = _conversations(config, dataset, eval_dataset)
@@ -114,7 +117,15 @@ def load_speech(config: RunConfig, tokenizer: "PreTrainedTokenizerBase | None" =
     """
     spec = name_base(config)
     tokenizer = load_tokenizer(spec) if tokenizer is None else tokenizer
-    return prepare_speech(tokenizer, read_generation_config(spec), config.chat_template, config.new_tokens)
+    return _speech(config, tokenizer, read_generation_config(spec))
+
+
+def _speech(
+    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", generation_config: "GenerationConfig | None"
+) -> Speech:
+    return prepare_speech(
+        tokenizer, generation_config, config.chat_template, config.new_tokens, config.chat_template_dir
+    )
 
 
 def _rehearse(lora: "LoraConfig", shape: "PreTrainedModel", speech: Speech) -> int:
@@ -190,13 +201,27 @@ def _check_positions(shape: "PreTrainedModel", prepared: Sequence[Prepared]) -> 
 
 
 def _prepare(conversations: Sequence[Conversation], speech: Speech, config: RunConfig) -> Prepared:
-    found = prepare(conversations, speech, config.max_length, config.truncation, config.chat_template_kwargs)
+    found = prepare(
+        conversations,
+        speech,
+        config.max_length,
+        config.truncation,
+        config.chat_template_kwargs,
+        config.turns,
+        config.append_stop_token,
+        config.allow,
+        config.dataset_num_proc,
+    )
     if found.too_long:
         warn(f"{some(found.too_long)} longer than max_length {config.max_length} and dropped")
     if found.without_reply:
         warn(f"{some(found.without_reply)} without a supervised token and dropped")
     for status, lines in found.noted.items():
-        warn(f"{status}: {len(lines)} replies; {lines[0]}")
+        if status != NO_REPLY:
+            advice = ADVICE.get(status, "") if config.turns == "all" else ""
+            warn(f"{status}: {len(lines)} of {found.replies} replies; {lines[0]}{advice}")
+    if found.split:
+        warn(f"{found.split} of {found.replies} replies begin inside a token; it is split there, as in inference")
     if found.cut:
         warn(f"{found.cut} rows lost their end, and with it the stop token (truncation: cut)")
     return found

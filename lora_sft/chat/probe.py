@@ -1,0 +1,36 @@
+"""A tokenizer with its template → the stop token that it uses without naming it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_sft.chat.rendering import render
+from lora_sft.chat.turns import NO_STOP_TOKEN, STOP_GUESSED
+from lora_sft.errors import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TALK = [
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Good morning."},
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "Well."},
+]
+
+
+def guess_stop_token(tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str]) -> str | None:
+    """The special token with which the template ends replies, if it ends them with none of `stops`.
+
+    Many base models name `<|endoftext|>` as their eos and bring a template that ends turns with `<|im_end|>`.
+    """
+    try:
+        rendered = render(TALK, tokenizer, stop_tokens=stops)
+    except TemplateError:
+        return None  # the conversations themselves will tell what is wrong
+    statuses = {note.status for note in rendered.notes}
+    if STOP_GUESSED not in statuses or NO_STOP_TOKEN in statuses:
+        return None
+    start, end = rendered.supervised[0]
+    learned = rendered.text[start:end]
+    known = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return max((token for token in known if learned.endswith(token)), key=len, default=None)
