@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_sft.chat.labels import Example, encode_rendered
+from lora_sft.chat.check import Finding, check_template
+from lora_sft.chat.labels import Example, labelled, make_example
+from lora_sft.chat.probe import guess_stop_token
 from lora_sft.chat.rendering import Rendered
+from lora_sft.chat.stops import stop_tokens_of
+from lora_sft.chat.templates import find_template, shipped_templates
+from lora_sft.chat.tokens import Tokens
 from lora_sft.config import RunConfig
 from lora_sft.console import console, is_main_process
 from lora_sft.data.conversation import Message
@@ -16,6 +21,7 @@ from lora_sft.errors import DataError
 from lora_sft.export.merge import merge
 from lora_sft.model.generation import reply
 from lora_sft.model.loading import MANIFEST, load_model
+from lora_sft.model.tiny import tokenizer_for
 from lora_sft.model.tokenizer import prepare_speech
 from lora_sft.report.card import model_card
 from lora_sft.report.page import report_page
@@ -187,6 +193,21 @@ def evaluate(
     return found
 
 
+def check(name: str, *, trust_remote_code: bool = False) -> list[Finding]:
+    """How a chat template fares with every scenario: one of ours by name, a .jinja file, or that of a model.
+
+    Raises:
+        UsageError: there is no such template or model.
+    """
+    known = {template.name for template in shipped_templates()}
+    if name in known or Path(name).suffix in (".jinja", ".j2"):
+        tokenizer = tokenizer_for(find_template(name))
+        stops = stop_tokens_of(tokenizer)
+        return check_template(tokenizer, stop_tokens=[*stops, *filter(None, [guess_stop_token(tokenizer, stops)])])
+    speech = load_speech(RunConfig(model_name_or_path=name, trust_remote_code=trust_remote_code))
+    return check_template(speech.tokenizer, stop_tokens=speech.stop_tokens)
+
+
 @dataclass(frozen=True)
 class Preview:
     """One conversation as the model sees it.
@@ -195,11 +216,13 @@ class Preview:
         source: where it came from.
         rendered: its text, and what of it must be produced.
         example: its tokens and labels.
+        tokens: where each token stands in the text.
     """
 
     source: str
     rendered: Rendered
     example: Example
+    tokens: Tokens
 
 
 def preview(
@@ -224,5 +247,6 @@ def preview(
     options = (resolved.chat_template_kwargs, resolved.turns, resolved.append_stop_token)
     for conversation in conversations:
         for text in render_conversation(conversation, speech, *options):
-            example = encode_rendered(text, speech.tokenizer, source=conversation.source)
-            yield Preview(conversation.source, text, example)
+            tokens, labels, split = labelled(text, speech.tokenizer)
+            example = make_example(tokens, labels, split, text, source=conversation.source)
+            yield Preview(conversation.source, text, example, tokens)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_sft.chat import IGNORED
 from lora_sft.chat.rendering import Rendered, render
-from lora_sft.chat.tokens import tokenize
+from lora_sft.chat.tokens import Tokens, tokenize
 from lora_sft.chat.turns import Note
 from lora_sft.data.conversation import Message
 
@@ -70,28 +70,37 @@ def encode_rendered(
     Raises:
         ModelError: the tokenizer cannot say which characters a token stands for.
     """
-    input_ids, labels, split = labelled(rendered, tokenizer)
-    cut = 0 if max_length is None else max(0, len(input_ids) - max_length)
-    kept = len(input_ids) - cut
-    return Example(input_ids[:kept], labels[:kept], cut, source, rendered.notes, split)
+    return make_example(*labelled(rendered, tokenizer), rendered, max_length, source)
 
 
-def labelled(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], int]:
-    """(input_ids, labels, how many tokens were split).
+def make_example(
+    tokens: Tokens, labels: list[int], split: int, rendered: Rendered, max_length: int | None = None, source: str = ""
+) -> Example:
+    """What `labelled` returns → Example."""
+    cut = 0 if max_length is None else max(0, len(labels) - max_length)
+    kept = len(labels) - cut
+    return Example(tokens.ids[:kept], labels[:kept], cut, source, rendered.notes, split)
+
+
+def labelled(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[Tokens, list[int], int]:
+    """(tokens, their labels, how many tokens were split).
 
     Where a token straddles the start of a reply, the text is split there, as in inference.
+
+    Raises:
+        ModelError: the tokenizer cannot say which characters a token stands for.
     """
     if tokenizer.is_fast:
         tokens = tokenize(rendered.text, tokenizer, rendered.literal)
         splits = [start for start, _ in rendered.supervised if tokens.straddle(start)]
+        if splits:
+            tokens = tokenize(rendered.text, tokenizer, rendered.literal, splits)
     else:
-        tokens, splits = None, []
-    if tokens is None or splits:
-        # Without offsets only what is read as a piece of its own can be told from the rest.
-        borders = splits if tokenizer.is_fast else [place for span in rendered.supervised for place in span]
+        splits = []
+        borders = [place for span in rendered.supervised for place in span]
         tokens = tokenize(rendered.text, tokenizer, rendered.literal, borders)
     labels = [IGNORED] * len(tokens.ids)
     for start, end in rendered.supervised:
         first, last = tokens.inside(start, end)
         labels[first:last] = tokens.ids[first:last]
-    return tokens.ids, labels, len(splits)
+    return tokens, labels, len(splits)

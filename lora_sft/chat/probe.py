@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_sft.chat.rendering import render
-from lora_sft.chat.turns import NO_STOP_TOKEN, STOP_GUESSED
+from lora_sft.chat.turns import STOP_GUESSED
 from lora_sft.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -27,10 +27,9 @@ def guess_stop_token(tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str])
         rendered = render(TALK, tokenizer, stop_tokens=stops)
     except TemplateError:
         return None  # the conversations themselves will tell what is wrong
-    statuses = {note.status for note in rendered.notes}
-    if STOP_GUESSED not in statuses or NO_STOP_TOKEN in statuses:
+    if not any(note.status == STOP_GUESSED and note.turn == 1 for note in rendered.notes):
         return None
-    start, end = rendered.supervised[0]
+    start, end = rendered.supervised[-1]  # earlier turns may end otherwise
     learned = rendered.text[start:end]
     known = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return max((token for token in known if learned.endswith(token)), key=len, default=None)

@@ -27,6 +27,8 @@ class Prompts:
     ) -> None:
         self.compiled, self.messages, self.variables = compiled, messages, variables
         self.text, self.extents = text, extents
+        # A template that writes something behind all messages writes it behind fewer of them too.
+        self._ends_with_a_message = any(extent.last == len(text) for extent in extents.values())
         self._known: dict[tuple[int, bool], str | None] = {}
         self._generation_prompt: str | None = None
 
@@ -42,17 +44,24 @@ class Prompts:
             return self.text[: self.extents[count].first]
         return self.text if count == len(self.messages) else self._render(count, False)
 
+    def generation_prompt(self, index: int) -> str:
+        """What the template adds when reply `index` is to come, or some reply, if it refuses those before it."""
+        given, before = self.given(index), self.before(index)
+        if given is not None and before is not None:
+            return given[len(before) :] if given.startswith(before) else ""
+        whole = self._render(len(self.messages), True)
+        return whole[len(self.text) :] if whole is not None and whole.startswith(self.text) else ""
+
     def reads_forward(self, index: int) -> bool:
         """Whether the text before message `index` is certain not to depend on it or on any later one."""
         first = self.compiled.first_free_message
-        return first is not None and index >= first and index in self.extents
+        return self._ends_with_a_message and first is not None and index >= first and index in self.extents
 
     def _constant_generation_prompt(self) -> str | None:
         """What a template that reads forward writes behind its loop when a reply is to come."""
         if self._generation_prompt is None:
             whole = self._render(len(self.messages), True)
-            nothing_behind = max(extent.last for extent in self.extents.values()) == len(self.text)
-            if whole is None or not whole.startswith(self.text) or not nothing_behind:
+            if whole is None or not whole.startswith(self.text):
                 return None
             self._generation_prompt = whole[len(self.text) :]
         return self._generation_prompt

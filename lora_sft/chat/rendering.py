@@ -169,6 +169,7 @@ class _Rendering:
 
     def rendered(self, only_last: bool = False) -> Rendered:
         """The text with its supervised spans; `only_last` marks those of the last reply only."""
+        self._refuse_lists_as_text()
         found: list[tuple[int, Reply]] = []
         notes: list[Note] = []
         for turn, index in enumerate(self.replies):
@@ -180,7 +181,7 @@ class _Rendering:
         notes += self._spelled_notes()
         text = self.plain
         literal = literal_stretches(text, self.control, self.tokenizer)
-        notes += self._mark_notes([reply for _, reply in found]) if not only_last else []
+        notes += [] if only_last else self._mark_notes({self.replies[turn]: reply for turn, reply in found})
         supervised = [
             (reply.start, reply.end)
             for _, reply in found
@@ -188,6 +189,16 @@ class _Rendering:
         ]
         rendered = Rendered(text, supervised, notes, literal, len(found))
         return self._with_stop_tokens(rendered, [reply for _, reply in found]) if self.append_stop_token else rendered
+
+    def _refuse_lists_as_text(self) -> None:
+        """Many templates know text only, and write a list of typed parts as Python prints it."""
+        for index, message in enumerate(self.messages):
+            content = message.get("content")
+            if isinstance(content, (list, tuple)) and content and str(content) in self.plain:
+                raise TemplateError(
+                    f"the chat template does not read the typed parts of message {index + 1} and writes them as Python "
+                    "prints them; give its content as text"
+                )
 
     @property
     def plain(self) -> str:
@@ -280,11 +291,12 @@ class _Rendering:
         names = dict.fromkeys(self.plain[slice(*place)] for place in self.control.spelled)
         return [Note(0, CONTROL_TOKEN, f"messages spell {', '.join(names)}; it stays plain text")]
 
-    def _mark_notes(self, replies: Sequence[Reply]) -> list[Note]:
+    def _mark_notes(self, found: Mapping[int, Reply]) -> list[Note]:
         """One note for each way in which the template's own marks differ from what the model must produce."""
-        marks = self._plain_and_marks[1]
-        if not self.compiled.is_marked or not replies:
+        if not self.compiled.is_marked:
             return []
+        marks = self._plain_and_marks[1]
+        replies = [found[index] if index in found else self.reply(index) for index in self.replies]
         return [Note(0, MARKS_DIFFER, words) for words in _differences(self.plain, marks, replies)]
 
     def _with_stop_tokens(self, rendered: Rendered, replies: Sequence[Reply]) -> Rendered:

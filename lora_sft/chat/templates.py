@@ -10,6 +10,9 @@ from pathlib import Path
 from lora_sft.errors import TemplateError
 from lora_sft.resources import shipped
 
+CONTROL_TOKEN = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|</?s>|<\w+_of_\w+>|<\|?\w+\|?>(?=\s|$)|\[/?[A-Z_]+\]")
+"""What a control token looks like."""
+
 
 @dataclass(frozen=True)
 class Template:
@@ -54,6 +57,13 @@ def find_template(name_or_path: str, folder: str | Path | None = None) -> Templa
             "path that ends in .jinja"
         )
     return known[name_or_path]
+
+
+def control_tokens_in(template: Template) -> list[str]:
+    """The control tokens that a template writes: those that its head comment names, else all that look like one."""
+    named = " ".join(template.about.get(name, "") for name in ("stop", "tokens")).split()
+    known = [token for token in named if CONTROL_TOKEN.fullmatch(token)]
+    return list(dict.fromkeys(known or CONTROL_TOKEN.findall(template.text)))
 
 
 def _templates_in(folder: Path) -> dict[str, Template]:

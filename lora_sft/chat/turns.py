@@ -77,8 +77,8 @@ class Given(Protocol):
     def given(self, index: int) -> str | None:
         """What the model is given before it writes message `index`; None if the template refuses it."""
 
-    def before(self, count: int) -> str | None:
-        """The first `count` messages without a generation prompt; None if the template refuses them."""
+    def generation_prompt(self, index: int) -> str:
+        """What the template adds when that reply is to come; empty if it cannot be told."""
 
 
 def extents_of(runs: Sequence[Run]) -> dict[int, Extent]:
@@ -166,15 +166,13 @@ def _start(text: str, extent: Extent, index: int, prompts: Given, stops: Sequenc
     given = prompts.given(index)
     if given is not None and text.startswith(given) and len(given) <= extent.last:
         return len(given), ""
-    before = prompts.before(index) if given is not None else None
-    known = given is not None and before is not None and given.startswith(before)
-    generation_prompt = given[len(before) :] if known and given is not None and before is not None else ""
+    generation_prompt = prompts.generation_prompt(index)
     if not generation_prompt:
         # Nothing to compare with: all before the message's own words is its header.
         return extent.own_start, PROMPT_MISMATCH
     place = text.find(generation_prompt, extent.first, extent.last)
     if 0 <= place <= extent.own_start:
-        return place + len(generation_prompt), HISTORY_DIFFERS
+        return place + len(generation_prompt), PROMPT_MISMATCH if given is None else HISTORY_DIFFERS
     # Where the two part. What the message says itself, and the token that ends it, are never part of a prompt.
     stop_starts = (text.find(stop, extent.first, extent.last) for stop in stops if stop)
     limit = min([extent.own_start, *(place for place in stop_starts if place >= 0)])

@@ -115,6 +115,6 @@ def _form(field: Any) -> str:
 def _default(field: Any) -> str:
     return (
         ""
-        if field.default in (None, {}, "none", ["none"])
+        if field.default in (None, {}, [], "none", ["none"])
         else f" [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
     )

@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 
 import click
 
@@ -11,31 +12,43 @@ from lora_sft.cli.options import LOOSE, SettingsCommand, json_option, read_words
 @click.command("preview", cls=SettingsCommand, context_settings=LOOSE)
 @settings_argument
 @click.option(
-    "--limit", type=click.IntRange(0), default=None, help="Show so many conversations (3 without --json, else all)."
+    "--limit",
+    type=click.IntRange(0),
+    default=None,
+    help="Show so many conversations (3; 50 with --html; all with --json).",
+)
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="Write a page with every token, its id on hover.",
 )
 @json_option
-def command(words: tuple[str, ...], limit: int | None, as_json: bool) -> None:
+def command(words: tuple[str, ...], limit: int | None, html: Path | None, as_json: bool) -> None:
     """Show what is learned of each conversation: lora-sft preview --model M --dataset D."""
     file, settings = read_words(words)
     from lora_sft.api import preview
-    from lora_sft.console import console
-    from lora_sft.report.views import conversation_view
+    from lora_sft.console import console, say
+    from lora_sft.report.preview_page import preview_page
+    from lora_sft.report.views import tokens_view
 
-    for shown in islice(preview(config=file, **settings), 3 if limit is None and not as_json else limit):
+    wanted = limit if limit is not None else 50 if html else None if as_json else 3
+    shown = islice(preview(config=file, **settings), wanted)
+    if html:
+        page = preview_page(shown, f"{settings.get('dataset', 'conversations')}: what is learned")
+        html.write_text(page, encoding="utf-8")
+        say("page", str(html))
+        return
+    for one in shown:
         if as_json:
             record = {
-                "source": shown.source,
-                "text": shown.rendered.text,
-                "supervised": shown.rendered.supervised,
-                "input_ids": shown.example.input_ids,
-                "labels": shown.example.labels,
+                "source": one.source,
+                "text": one.rendered.text,
+                "supervised": one.rendered.supervised,
+                "input_ids": one.example.input_ids,
+                "labels": one.example.labels,
+                "notes": [note._asdict() for note in one.rendered.notes],
             }
             click.echo(json.dumps(record, ensure_ascii=False))
         else:
-            console(results=True).print(
-                conversation_view(
-                    shown.rendered, shown.source, shown.example.supervised_tokens, len(shown.example.input_ids)
-                )
-            )
-            for note in shown.rendered.notes:
-                console(results=True).print(f"reply {note.turn + 1}: {note.words}", style="yellow")
+            console(results=True).print(tokens_view(one))

@@ -1,5 +1,7 @@
 """`lora-sft templates`: the chat templates that ship with the package."""
 
+from dataclasses import asdict
+
 import click
 
 from lora_sft.cli.options import json_option, print_json
@@ -55,3 +57,27 @@ def _list(as_json: bool) -> None:
             f"{template.name:8}  {about.get('family', ''):10}  ends a reply with {about.get('stop', '?')}; tools: "
             f"{about.get('tools', '?')}; for {about.get('models', '?')}"
         )
+
+
+@command.command("check")
+@click.argument("name", metavar="NAME-or-path-or-model")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model's tokenizer.")
+@click.pass_context
+@json_option
+def check(ctx: click.Context, name: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Try a template on many kinds of conversations: one of ours, a .jinja file, or that of a model.
+
+    Exit code 3 if a word of anybody else would be learned, or a word of a reply would silently not be.
+    """
+    from lora_sft.api import check
+    from lora_sft.chat.check import WRONG
+    from lora_sft.console import console
+    from lora_sft.report.views import findings_view
+
+    found = check(name, trust_remote_code=trust_remote_code)
+    if as_json or _asked_before(ctx):
+        print_json([asdict(finding) for finding in found])
+    else:
+        console(results=True).print(findings_view(name, found))
+    if any(finding.status == WRONG for finding in found):
+        ctx.exit(3)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_sft.chat.templates import find_template
+from lora_sft.chat.templates import Template, control_tokens_in, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +33,19 @@ def tiny_tokenizer(texts: Iterable[str], vocabulary_size: int = 512) -> "PreTrai
         chat_template=find_template("chatml").text,
         model_max_length=4096,
     )
+
+
+def tokenizer_for(template: Template) -> "PreTrainedTokenizerBase":
+    """A tiny tokenizer that knows the control tokens of a template, to try it without any model."""
+    tokens = control_tokens_in(template)
+    named = template.about.get("stop", "").split()
+    stop = next((token for token in named if token in tokens), "</s>")
+    tokenizer = tiny_tokenizer([template.text])
+    tokenizer.add_special_tokens(
+        {"bos_token": "<s>", "eos_token": stop, "unk_token": "<unk>", "additional_special_tokens": tokens}
+    )
+    tokenizer.chat_template = template.text
+    return tokenizer
 
 
 def tiny_model(vocabulary_size: int, seed: int = 0, **shape: Any) -> "PreTrainedModel":

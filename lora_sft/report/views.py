@@ -1,7 +1,8 @@
 """Values of the journey → tables and highlighted text: rich on a terminal, plain lines elsewhere."""
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -9,11 +10,33 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lora_sft.chat.check import EXACT, REFUSED, UNSUPPORTED, WRONG, Finding
 from lora_sft.chat.rendering import Rendered
+from lora_sft.chat.turns import HARMFUL
 from lora_sft.console import console
+from lora_sft.report.pieces import pieces_of
 from lora_sft.training.job import Job
 
+if TYPE_CHECKING:
+    from lora_sft.api import Preview
+
 SUPERVISED = "bold green"
+SHADES = {True: ("black on green", "black on bright_green"), False: ("dim", "dim reverse")}
+"""Styles of tokens that are learned, and of those that are not; neighbours take turns."""
+
+
+def tokens_view(preview: "Preview") -> RenderableType:
+    """A previewed conversation, token by token on a terminal: neighbours differ in shade, what is learned is green."""
+    example, rendered = preview.example, preview.rendered
+    notes = [Text(f"reply {note.turn + 1}: {note.status}: {note.words}", "yellow") for note in rendered.notes]
+    if not console(results=True).is_terminal:
+        view = conversation_view(rendered, preview.source, example.supervised_tokens, len(example.input_ids))
+        return Group(view, *notes)
+    text = Text()
+    for place, piece in enumerate(pieces_of(rendered.text, preview.tokens, example.labels)):
+        text.append(piece.text.replace("\n", "↵\n"), SHADES[piece.is_learned][place % 2])
+    counts = f"green: learned, {example.supervised_tokens:,} of {len(example.input_ids):,} tokens"
+    return Group(Panel(text, title=preview.source, subtitle=counts, title_align="left", subtitle_align="left"), *notes)
 
 
 def conversation_view(rendered: Rendered, title: str, supervised_tokens: int, tokens: int) -> RenderableType:
@@ -46,11 +69,23 @@ def data_view(job: Job) -> RenderableType:
                 prepared.cut,
             )
             table.add_row(name, *(f"{count:,}" for count in counts))
+    parts: list[RenderableType] = [table]
+    if any(prepared is not None and prepared.noted for prepared in (job.train, job.evaluation)):
+        parts.append(_notes_table(job))
     first = job.train.examples[0]
     shown = conversation_view(
         job.train.first, f"first conversation: {first.source}", first.supervised_tokens, len(first.input_ids)
     )
-    return Group(shown, table)
+    return Group(shown, *parts)
+
+
+def _notes_table(job: Job) -> Table:
+    """How many replies are not simply exact, and an example of each kind."""
+    table = table_of("data", "status", "times", "for example")
+    for name, prepared in (("train", job.train), ("evaluation", job.evaluation)):
+        for status, lines in prepared.noted.items() if prepared is not None else ():
+            table.add_row(name, status, f"{len(lines):,}", Text(lines[0]))
+    return table
 
 
 def table_of(*columns: str, **options: Any) -> Table:
@@ -65,6 +100,17 @@ def replies_view(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
+
+
+def findings_view(title: str, findings: Sequence[Finding]) -> RenderableType:
+    """How a template fares with each scenario, and the counts."""
+    colours = {EXACT: "green", UNSUPPORTED: "dim", WRONG: "bold red", REFUSED: "red", **dict.fromkeys(HARMFUL, "red")}
+    table = table_of("scenario", "status", "", title=title)
+    for finding in findings:
+        words = finding.words[0].splitlines()[0] if finding.words else ""
+        table.add_row(finding.scenario, Text(finding.status, colours.get(finding.status, "yellow")), Text(words))
+    counts = Counter(finding.status for finding in findings)
+    return Group(table, Text(", ".join(f"{count} {status}" for status, count in counts.most_common())))
 
 
 def measures_view(found: dict[str, Any]) -> RenderableType:

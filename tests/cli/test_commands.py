@@ -1,9 +1,12 @@
 """Every command does what its help says; results go to standard output, words to standard error."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
+from lora_sft.chat import check as checking
 from lora_sft.cli import main
 from tests.conftest import HARBOUR
 
@@ -198,3 +201,28 @@ def test_the_demo_learns_and_merges(tmp_path, capsys):
     answers = {messages[0]["content"]: messages[1]["content"] for messages in rows}
     assert all(reply["after"] == answers[reply["question"]] for reply in result["replies"])
     assert result["train"]["seconds"] < 120
+
+
+def test_a_template_is_checked_and_the_exit_code_tells_of_a_wrong_mask(base, capsys, monkeypatch):
+    code, out, _ = run(capsys, "templates", "check", base, "--json")
+    assert (code, {"scenario", "status", "words", "learned"}) == (0, set(json.loads(out)[0]))
+    honest = checking.render
+    monkeypatch.setattr(
+        checking, "render", lambda *given, **more: replace(honest(*given, **more), supervised=[(0, 40)])
+    )
+    code, out, _ = run(capsys, "templates", "check", "chatml")
+    assert code == 3
+    assert "asked-one of another message is learned" in out
+
+
+def test_a_preview_page_shows_every_token_with_its_id(base, tmp_path, capsys):
+    run(capsys, "preview", "--model", base, "--dataset", HARBOUR, "--limit", 2, "--html", tmp_path / "page.html")
+    _, out, _ = run(capsys, "preview", "--model", base, "--dataset", HARBOUR, "--limit", 2, "--json")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    spans = re.findall(r'<span( class="learned")? title="([\d, ]+) · ', page)
+    shown = [(int(token), bool(learned)) for learned, ids in spans for token in ids.split(", ")]
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert shown == [
+        (token, label != -100) for row in rows for token, label in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+    assert "http" not in page.partition("<section>")[0]  # nothing is fetched
