@@ -1,5 +1,6 @@
 """`python -m bench`: every bench, one after the other."""
 
-from bench import start_up
+from bench import labels, start_up
 
 start_up.main()
+labels.main()

@@ -166,6 +166,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss, perplexity and token accuracy on the replies of a dataset; of an adapter's base too, for comparison.
 
+    Which replies count, and how they end, is what the adapter's training was told (`turns`, `append_stop_token`).
+
     Args:
         path: an adapter folder, or a model.
         dataset: given like that of `finetune`.
@@ -182,7 +184,8 @@ def evaluate(
     conversations = to_conversations(read_rows(dataset, split))
     loaded = load_model(path, device, trust_remote_code)
     speech = prepare_speech(loaded.tokenizer, loaded.model.generation_config, chat_template)
-    prepared = prepare(conversations, speech, max_length, variables={**loaded.template_variables, **template_variables})
+    variables = {**loaded.template_variables, **template_variables}
+    prepared = prepare(conversations, speech, max_length, variables=variables, **loaded.replies)
     pad_token_id = loaded.tokenizer.pad_token_id
     found: dict[str, Any] = measure(loaded.model, prepared.examples, pad_token_id, batch_size)
     found |= {"examples": len(prepared.examples), "too_long": len(prepared.too_long)}

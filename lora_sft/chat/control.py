@@ -10,7 +10,7 @@ from re import Pattern, compile, escape
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from lora_sft.chat.traced import NOBODY, Traced
+from lora_sft.chat.traced import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,9 +40,9 @@ def special_tokens_of(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def find_control_tokens(
-    text: Traced, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str], replies: Sequence[int]
+    text: str, runs: Sequence[Run], tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str], replies: Sequence[int]
 ) -> ControlTokens:
-    """All control tokens in a text.
+    """All control tokens in a text that is made of `runs`.
 
     Those in a reply count as written, for a reply may hold tokens of its own (`<think>`, `<tool_call>`), unless they
     end a turn or are written by the template for somebody else.
@@ -54,20 +54,23 @@ def find_control_tokens(
     written, in_replies, spelled = [], [], []
     foreign = set(stops)
     own = set(replies)
+    at = 0
     for match in pattern.finditer(text) if pattern.pattern else ():
         place = match.span()
-        origins = [origin for origin in text.origins[place[0] : place[1]] if origin != NOBODY]
-        speakers = {origin // 2 for origin in origins if origin % 2}
+        while runs[at].end <= place[0]:
+            at += 1
+        across = [run for run in runs[at : at + place[1] - place[0]] if run.start < place[1]]
+        speakers = {run.message for run in across if run.is_own}
         if not speakers:
             written.append(place)
-            if not origins or origins[0] // 2 not in own:
+            if across[0].message not in own:
                 foreign.add(match.group())
         elif speakers <= own:
             in_replies.append(place)
         else:
             spelled.append(place)
     for first, last in in_replies:
-        (spelled if str.__getitem__(text, slice(first, last)) in foreign else written).append((first, last))
+        (spelled if text[first:last] in foreign else written).append((first, last))
     return ControlTokens(sorted(written), sorted(spelled))
 
 

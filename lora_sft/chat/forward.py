@@ -6,6 +6,7 @@ linear. Any other template has its prompts rendered one by one (`prompts.py`).
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from jinja2 import nodes
 
@@ -13,8 +14,20 @@ LOOKING_AHEAD = ("last", "length", "revindex", "revindex0", "nextitem")
 """What a loop tells of the messages that are still to come."""
 
 
-def first_free_message(tree: nodes.Template) -> int | None:
-    """From which message on a prompt may be put together; None if it must be rendered.
+class Forward(NamedTuple):
+    """How the prompts of a template may be put together.
+
+    Attributes:
+        first: from which message on.
+        variables: what the text behind the loop depends on, the generation prompt above all.
+    """
+
+    first: int
+    variables: tuple[str, ...]
+
+
+def reads_forward(tree: nodes.Template) -> Forward | None:
+    """How the prompts of a template may be put together; None if each must be rendered.
 
     A template reads forward if its only loop over the messages stands at the top level, nothing else reads them but by
     a fixed index from the front, that loop does not look ahead, and neither the text before the loop's end depends on
@@ -36,7 +49,9 @@ def first_free_message(tree: nodes.Template) -> int | None:
         return None
     allowed, first = _allowed_reads(tree, loop, names)
     mentions = [name for name in _names(tree) if name.name in names and name.ctx == "load"]
-    return first if all(id(name) in allowed for name in mentions) else None
+    if not all(id(name) in allowed for name in mentions):
+        return None
+    return Forward(first, tuple(sorted({name.name for node in behind for name in _names(node)})))
 
 
 def _names(node: nodes.Node) -> Iterable[nodes.Name]:

@@ -37,7 +37,8 @@ class Example:
     @property
     def supervised_tokens(self) -> int:
         """How many tokens are learned. The first token has nothing before it and is never one of them."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        learned = len(self.labels) - self.labels.count(IGNORED)
+        return learned - (self.labels[:1] not in ([], [IGNORED]))
 
 
 def encode(

@@ -19,6 +19,7 @@ from lora_sft.chat.traced import Run, Traced, runs_of
 from lora_sft.chat.tracing import FAILURES, TracedTemplate, compile_traced
 from lora_sft.chat.turns import (
     CONTROL_TOKEN,
+    DROPPED,
     HISTORY_DIFFERS,
     MARKS_DIFFER,
     NO_STOP_TOKEN,
@@ -169,7 +170,6 @@ class _Rendering:
 
     def rendered(self, only_last: bool = False) -> Rendered:
         """The text with its supervised spans; `only_last` marks those of the last reply only."""
-        self._refuse_lists_as_text()
         found: list[tuple[int, Reply]] = []
         notes: list[Note] = []
         for turn, index in enumerate(self.replies):
@@ -178,7 +178,7 @@ class _Rendering:
             reply = self.reply(index)
             found.append((turn, reply))
             notes += [Note(turn, status, words) for status, words in [*reply.notes, *self._changes(index, reply)]]
-        notes += self._spelled_notes()
+        notes += self._printed_notes() + self._spelled_notes()
         text = self.plain
         literal = literal_stretches(text, self.control, self.tokenizer)
         notes += [] if only_last else self._mark_notes({self.replies[turn]: reply for turn, reply in found})
@@ -189,16 +189,6 @@ class _Rendering:
         ]
         rendered = Rendered(text, supervised, notes, literal, len(found))
         return self._with_stop_tokens(rendered, [reply for _, reply in found]) if self.append_stop_token else rendered
-
-    def _refuse_lists_as_text(self) -> None:
-        """Many templates know text only, and write a list of typed parts as Python prints it."""
-        for index, message in enumerate(self.messages):
-            content = message.get("content")
-            if isinstance(content, (list, tuple)) and content and str(content) in self.plain:
-                raise TemplateError(
-                    f"the chat template does not read the typed parts of message {index + 1} and writes them as Python "
-                    "prints them; give its content as text"
-                )
 
     @property
     def plain(self) -> str:
@@ -239,7 +229,7 @@ class _Rendering:
 
     @cached_property
     def control(self) -> ControlTokens:
-        return find_control_tokens(self.traced, self.tokenizer, self.stops, self.replies)
+        return find_control_tokens(self.plain, self.runs, self.tokenizer, self.stops, self.replies)
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -284,6 +274,17 @@ class _Rendering:
             return []
         return [(REWRITTEN, "the template writes it otherwise once another message follows")]
 
+    def _printed_notes(self) -> list[Note]:
+        """Many templates know text only, and write a list of typed parts as Python prints it."""
+        found = []
+        for index, message in enumerate(self.messages):
+            content = message.get("content")
+            if isinstance(content, (list, tuple)) and content and str(content) in self.plain:
+                turn = sum(reply < index for reply in self.replies)
+                words = f"the template writes the typed parts of message {index + 1} as Python prints them"
+                found.append(Note(turn, DROPPED, f"{words}; give its content as text"))
+        return found
+
     def _spelled_notes(self) -> list[Note]:
         """One note if messages spell control tokens."""
         if not self.control.spelled:
@@ -304,7 +305,7 @@ class _Rendering:
         places = {reply.needs_stop for reply in replies if reply.needs_stop is not None}
         if not places or not self.stops:
             return rendered
-        stop = self._stop_used_elsewhere(replies)
+        stop = self._stop_used_elsewhere()
 
         def moved(place: int, behind: bool = False) -> int:
             """Where a place is in the new text: before the token that is put in there, or behind it."""
@@ -323,14 +324,17 @@ class _Rendering:
         notes = [note for note in rendered.notes if note.status != NO_STOP_TOKEN]
         return replace(rendered, text=text, supervised=supervised, literal=literal, notes=notes)
 
-    def _stop_used_elsewhere(self, replies: Sequence[Reply]) -> str:
-        """The stop token with which the template ends another reply; the first one known if there is none."""
-        for reply in replies:
-            learned = self.plain[reply.start : reply.end]
-            for stop in self.stops if reply.needs_stop is None else ():
-                if learned.endswith(stop):
-                    return stop
-        return self.stops[0]
+    def _stop_used_elsewhere(self) -> str:
+        """The stop token with which the template ends a reply once the user goes on; the first one known if none."""
+        last = self.replies[-1]
+        asked = [*self.messages[: last + 1], {"role": "user", "content": "."}]
+        try:
+            longer = _Rendering(asked, self.tokenizer, *self._arguments)
+            reply = longer.reply(last)
+        except TemplateError:
+            return self.stops[0]
+        learned = longer.plain[reply.start : reply.end]
+        return next((stop for stop in self.stops if learned.endswith(stop)), self.stops[0])
 
 
 def _differences(text: str, marks: Sequence[tuple[int, int]], replies: Sequence[Reply]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_sft.errors import TemplateError
 from lora_sft.resources import shipped
 
-CONTROL_TOKEN = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|</?s>|<\w+_of_\w+>|<\|?\w+\|?>(?=\s|$)|\[/?[A-Z_]+\]")
+CONTROL_TOKEN = re.compile(r"<[^<>\s{}'\"]+>|\[/?[A-Z_]+\]")
 """What a control token looks like."""
 
 
@@ -21,13 +21,19 @@ class Template:
     Attributes:
         name: file name without `.jinja`.
         text: Jinja source.
-        about: the `name: value` lines of its first comment; ours have `family`, `models`, `stop` (the token
-            that ends a reply), `tokens` (what the vocabulary should have), `tools`, `thinking`, `source`.
+        about: the `name: value` lines of its first comment; ours have `family`, `models`, `model_types` (of
+            transformers), `stop` (the tokens that end a reply, the usual one first), `tokens` (what the vocabulary
+            should have), `tools`, `thinking`, `source`.
     """
 
     name: str
     text: str
     about: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stops(self) -> list[str]:
+        """The control tokens that end a reply, the usual one first; none if it is the tokenizer's eos."""
+        return _tokens(self.about.get("stop", ""))
 
 
 def shipped_templates() -> list[Template]:
@@ -61,9 +67,13 @@ def find_template(name_or_path: str, folder: str | Path | None = None) -> Templa
 
 def control_tokens_in(template: Template) -> list[str]:
     """The control tokens that a template writes: those that its head comment names, else all that look like one."""
-    named = " ".join(template.about.get(name, "") for name in ("stop", "tokens")).split()
-    known = [token for token in named if CONTROL_TOKEN.fullmatch(token)]
-    return list(dict.fromkeys(known or CONTROL_TOKEN.findall(template.text)))
+    named = [*template.stops, *_tokens(template.about.get("tokens", ""))]
+    return list(dict.fromkeys(named or CONTROL_TOKEN.findall(template.text)))
+
+
+def _tokens(words: str) -> list[str]:
+    """The tokens in a line such as `<|im_start|> <|im_end|>`; none in `the tokenizer's eos`."""
+    return [word for word in words.split() if word[0] in "<["]
 
 
 def _templates_in(folder: Path) -> dict[str, Template]:

@@ -4,12 +4,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from lora_sft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+START, END = itemgetter(0), itemgetter(1)
 
 
 @dataclass(frozen=True)
@@ -18,28 +21,26 @@ class Tokens:
 
     Attributes:
         ids: (length).
-        starts, ends: offsets into the text of each token's first and behind its last character, (length) each.
+        offsets: (start, end) in the text of each token's first and behind its last character, (length).
     """
 
     ids: list[int]
-    starts: list[int]
-    ends: list[int]
+    offsets: list[tuple[int, int]]
 
     def straddle(self, place: int) -> bool:
         """Whether a token may have characters on both sides of a place."""
-        behind = bisect_left(self.starts, place)
-        if behind == 0 or behind == len(self.starts):
-            return behind > 0 and self.ends[-1] > place
+        behind = bisect_left(self.offsets, place, key=START)
+        before_ends = self.offsets[behind - 1][1] if behind else place
         # Byte-level tokenizers may leave white space out of a token's offsets: a gap counts as straddled.
-        closed = self.ends[behind - 1] >= place or self.ends[behind] == place
-        return self.ends[behind - 1] > place or not closed
+        closed = before_ends == place or behind == len(self.offsets) or self.offsets[behind][1] == place
+        return before_ends > place or not closed
 
     def inside(self, start: int, end: int) -> tuple[int, int]:
         """(first, behind the last) of the tokens whose characters all lie in [start, end)."""
-        first = bisect_left(self.starts, start)
-        last = bisect_right(self.ends, end)
+        first = bisect_left(self.offsets, start, key=START)
+        last = bisect_right(self.offsets, end, key=END)
         # Some tokenizers report white space as empty, (end, end); it belongs to where it ends.
-        while first < last and self.ends[first] <= start:
+        while first < last and self.offsets[first][1] <= start:
             first += 1
         return first, max(first, last)
 
@@ -63,25 +64,23 @@ def tokenize(
     cuts = {place for stretch in literal for place in stretch} | (set(splits) if tokenizer.is_fast else set())
     borders = sorted({0, len(text), *cuts})
     ids: list[int] = []
-    starts: list[int] = []
-    ends: list[int] = []
+    offsets: list[tuple[int, int]] = []
     for begin, end in pairwise(borders):
         is_literal = any(first <= begin and end <= last for first, last in literal)
         if tokenizer.is_fast:
-            found, offsets = _encode(text[begin:end], tokenizer, is_literal, goes_on=begin > 0)
+            found, places = _encode(text[begin:end], tokenizer, is_literal, goes_on=begin > 0)
         else:
-            places = [place - begin for place in splits if begin < place < end]
-            found, offsets = _encode_without_offsets(text[begin:end], tokenizer, is_literal, places)
+            inner = [place - begin for place in splits if begin < place < end]
+            found, places = _encode_without_offsets(text[begin:end], tokenizer, is_literal, inner)
         ids += found
-        starts += [begin + first for first, _ in offsets]
-        ends += [begin + last for _, last in offsets]
+        offsets += [(begin + first, begin + last) for first, last in places] if begin else places
     if len(borders) > 2 and tokenizer.decode(ids) != tokenizer.decode(_ids(text, tokenizer)):
         raise ModelError(
             f"{'a message spells a control token' if literal else 'a reply begins inside a token'}, and "
             f"{type(tokenizer).__name__} changes a text that is read in pieces, so its labels would not be exact; "
             "take the row out of the data"
         )
-    return Tokens(ids, starts, ends)
+    return Tokens(ids, offsets)
 
 
 def _encode(

@@ -33,7 +33,7 @@ class Traced(str):
     trace: Trace
 
     def __new__(cls, text: str, origins: list[int], trace: Trace) -> "Traced":
-        self = super().__new__(cls, text)
+        self = str.__new__(cls, text)
         self.origins, self.trace = origins, trace
         return self
 
@@ -178,17 +178,16 @@ def origins_of(text: str, trace: Trace) -> list[int]:
 
 def join(parts: Iterable[Any], separator: str, trace: Trace) -> Traced:
     """`separator.join(parts)`, traced."""
-    texts: list[str] = []
+    texts = [part if isinstance(part, str) else str(part) for part in parts]
+    if len(texts) == 1 and isinstance(texts[0], Traced):
+        return texts[0]
     origins: list[int] = []
-    between = origins_of(separator, trace)
-    for number, part in enumerate(parts):
-        if number and separator:
-            texts.append(str.__str__(separator))
+    between = origins_of(separator, trace) if separator else []
+    for number, part in enumerate(texts):
+        if number:
             origins += between
-        part = part if isinstance(part, str) else str(part)
-        texts.append(part)
-        origins += origins_of(part, trace)
-    return Traced("".join(texts), origins, trace)
+        origins += part.origins if isinstance(part, Traced) else origins_of(part, trace)
+    return Traced(str.join(separator, texts), origins, trace)
 
 
 class Run(NamedTuple):

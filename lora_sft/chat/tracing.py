@@ -12,12 +12,13 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError
-from jinja2 import nodes
+from jinja2 import nodes, pass_context
 from jinja2.environment import Template
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from lora_sft.chat.forward import first_free_message
+from lora_sft.chat.forward import reads_forward
 from lora_sft.chat.traced import Trace, Traced, join, own_words
 
 FAILURES = (JinjaError, TypeError, ValueError, KeyError, AttributeError)
@@ -28,43 +29,46 @@ class _Marks(NodeTransformer):
     """Adds the three kinds of calls to a template's syntax tree."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Expr:
-        return _call("_here", nodes.Const(node.data))
+        return _mark("_here", nodes.Const(node.data))
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         node.nodes = [
-            _call("_here", self.visit(child)) if isinstance(child, nodes.Const) else self.visit(child)
+            _mark("_here", self.visit(child)) if isinstance(child, nodes.Const) else self.visit(child)
             for child in node.nodes
         ]
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
-        return _call("_join", nodes.List(node.nodes))
+        return _mark("_join", nodes.List(node.nodes))
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:
         self.generic_visit(node)
         names = [name.name for name in node.target.find_all(nodes.Name)] if isinstance(node.target, nodes.Tuple) else []
         names = names or ([node.target.name] if isinstance(node.target, nodes.Name) else [])
-        node.body = [nodes.ExprStmt(_call("_turn", nodes.Name(name, "load"))) for name in names] + node.body
-        return [nodes.ExprStmt(_call("_enter")), node, nodes.ExprStmt(_call("_leave"))]
+        node.body = [nodes.ExprStmt(_mark("_turn", nodes.Name(name, "load"))) for name in names] + node.body
+        nothing = nodes.Const(None)
+        return [nodes.ExprStmt(_mark("_enter", nothing)), node, nodes.ExprStmt(_mark("_leave", nothing))]
 
     def visit_Assign(self, node: nodes.Assign) -> list[nodes.Node]:
         """`{% set message = messages[i] %}` is a turn too, inside a loop."""
         self.generic_visit(node)
         if isinstance(node.target, nodes.Name) and isinstance(node.node, nodes.Getitem):
-            return [node, nodes.ExprStmt(_call("_turn_in_loop", nodes.Name(node.target.name, "load")))]
+            return [node, nodes.ExprStmt(_mark("_turn_in_loop", nodes.Name(node.target.name, "load")))]
         return [node]
 
 
-def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:
-    return nodes.Call(nodes.Name(name, "load"), list(arguments), [], None, None)
+def _mark(name: str, value: nodes.Expr) -> nodes.Filter:
+    """A mark is a filter: a call would take the long way through the sandbox."""
+    return nodes.Filter(value, name, [], [], None, None)
 
 
 class TracedTemplate:
     """A chat template compiled to be traced. Use `compile_traced`, which keeps them.
 
     Attributes:
-        first_free_message: see `forward.py`.
+        forward: how its prompts may be put together, or None; see `forward.py`.
+        generation_prompts: those that are known already, by the values of the variables that they depend on.
         is_marked: whether the template marks replies itself, with `{% generation %}`.
     """
 
@@ -75,24 +79,22 @@ class TracedTemplate:
         environment = self.plain.environment.overlay()
         assert isinstance(environment, ImmutableSandboxedEnvironment)
         self._trace = Trace()
-        environment.globals = {
-            **environment.globals,
-            "_here": self._here,
-            "_join": lambda parts: join(parts, "", self._trace),
-            "_turn": self._turn,
-            "_turn_in_loop": lambda value: self._turn(value) if self._trace.saved else None,
-            "_enter": self._enter,
-            "_leave": self._leave,
-        }
         environment.filters = {
             **environment.filters,
+            "_here": self._here,
+            "_join": self._join,
+            "_turn": self._turn,
+            "_turn_in_loop": self._turn_in_loop,
+            "_enter": self._enter,
+            "_leave": self._leave,
             "join": self._join_filter,
             "tojson": self._tojson,
             "string": lambda value: value if isinstance(value, str) else str(value),
         }
         environment.concat = lambda parts: join(parts, "", self._trace)  # type: ignore[method-assign]
         tree = environment.parse(source)
-        self.first_free_message = first_free_message(tree)
+        self.forward = reads_forward(tree)
+        self.generation_prompts: dict[tuple[str, ...], str] = {}
         self.is_marked = any(_is_generation_block(block) for block in tree.find_all(nodes.CallBlock))
         tree = _Marks().visit(tree)
         code = environment.compile(tree)
@@ -128,20 +130,32 @@ class TracedTemplate:
                 pieces.append(piece)
         return "".join(pieces), marks
 
-    def _here(self, text: Any) -> Any:
+    # The marks. What is passed the context is no constant, so Jinja does not compute them while it compiles.
+
+    @pass_context
+    def _here(self, _: Context, text: Any) -> Any:
         return Traced(text, [self._trace.template_origin()] * len(text), self._trace) if type(text) is str else text
 
-    def _turn(self, value: Any) -> str:
-        index = self._trace.indices.get(id(value))
-        if index is not None:
-            self._trace.message = index
+    @pass_context
+    def _join(self, _: Context, parts: list[Any]) -> Traced:
+        return join(parts, "", self._trace)
+
+    @pass_context
+    def _turn(self, _: Context, value: Any) -> str:
+        self._trace.message = self._trace.indices.get(id(value), self._trace.message)
         return ""
 
-    def _enter(self) -> str:
+    @pass_context
+    def _turn_in_loop(self, context: Context, value: Any) -> str:
+        return str(self._turn(context, value)) if self._trace.saved else ""
+
+    @pass_context
+    def _enter(self, _: Context, nothing: None) -> str:
         self._trace.saved.append(self._trace.message)
         return ""
 
-    def _leave(self) -> str:
+    @pass_context
+    def _leave(self, _: Context, nothing: None) -> str:
         self._trace.message = self._trace.saved.pop()
         return ""
 

@@ -4,9 +4,11 @@ For assistant turn i the model is given P = the messages before it, rendered wit
 produce everything after that, through the first stop token behind the message's own last character.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import islice, pairwise, takewhile
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 from lora_sft.chat.traced import NOBODY, Run
@@ -32,6 +34,8 @@ STATUSES = (
     NO_STOP_TOKEN,
 )
 HARMFUL = (DROPPED, NO_STOP_TOKEN)
+
+START, END = itemgetter(0), itemgetter(1)
 
 
 class Note(NamedTuple):
@@ -74,11 +78,14 @@ class Reply(NamedTuple):
 class Given(Protocol):
     """What stands before a reply (`prompts.py`)."""
 
+    def end_of_prompt(self, index: int) -> int | None:
+        """Where in the text the prompt of message `index` ends; None if the text does not begin with it."""
+
     def given(self, index: int) -> str | None:
         """What the model is given before it writes message `index`; None if the template refuses it."""
 
-    def generation_prompt(self, index: int) -> str:
-        """What the template adds when that reply is to come; empty if it cannot be told."""
+    def generation_prompt(self, index: int) -> str | None:
+        """What the template adds when that reply is to come; None if it cannot be told."""
 
 
 def extents_of(runs: Sequence[Run]) -> dict[int, Extent]:
@@ -94,9 +101,10 @@ def _without_quotes(runs: Sequence[Run], places: list[int]) -> list[int]:
     """Leaves out where another message's text repeats a word of this one, a function's name for instance."""
 
     def is_quote(place: int) -> bool:
-        around = [runs[near].message for near in (place - 1, place + 1) if 0 <= near < len(runs)]
-        other = around[0] if len(around) == 2 and around[0] == around[1] else NOBODY
-        return runs[place].is_own and other not in (NOBODY, runs[place].message)
+        if not runs[place].is_own or not 0 < place < len(runs) - 1:
+            return False
+        before, behind = runs[place - 1].message, runs[place + 1].message
+        return before == behind and before not in (NOBODY, runs[place].message)
 
     return [place for place in places if not is_quote(place)] or places
 
@@ -145,7 +153,8 @@ def find_reply(
     elif status:
         notes.append((status, "earlier turns are rendered otherwise when the reply is still to come"))
     words_end = max(start, extent.own_end if extent.own_start < extent.own_end else start)
-    limit = next((run.start for run in runs if run.start >= words_end and run.is_own), len(text))
+    behind = bisect_left(runs, words_end, key=START)
+    limit = next((run.start for run in islice(runs, behind, None) if run.is_own), len(text))
     end = _through_stop_token(text, words_end, max(words_end, extent.tail), limit, stops)
     needs_stop = None
     if end is None and (guess := _control_token(text, words_end, extent.tail, limit, control_tokens)):
@@ -155,30 +164,40 @@ def find_reply(
         known = ", ".join(stops) or "(no stop token known)"
         notes.append((NO_STOP_TOKEN, f"the template does not end the reply with one of {known}"))
         end = needs_stop = max(words_end, len(text[: extent.tail].rstrip()))
-    mixed = (run for run in runs if run.end > start and run.start < max(end, extent.own_end))
-    if any(run.is_own and run.message != index for run in mixed):
+    inside = islice(runs, bisect_right(runs, start, key=END), bisect_left(runs, max(end, extent.own_end), key=START))
+    if any(run.is_own and run.message != index for run in inside):
         raise TemplateError(f"the chat template mixes message {index + 1}, a reply, with another message")
     return Reply(start, max(start, end), notes, needs_stop)
 
 
 def _start(text: str, extent: Extent, index: int, prompts: Given, stops: Sequence[str]) -> tuple[int, str]:
     """Where the model takes over, and a status if the text before it is not exactly its prompt."""
-    given = prompts.given(index)
-    if given is not None and text.startswith(given) and len(given) <= extent.last:
-        return len(given), ""
+    end_of_prompt = prompts.end_of_prompt(index)
+    if end_of_prompt is not None and end_of_prompt <= extent.last:
+        return end_of_prompt, ""
     generation_prompt = prompts.generation_prompt(index)
-    if not generation_prompt:
+    if generation_prompt is None:
         # Nothing to compare with: all before the message's own words is its header.
         return extent.own_start, PROMPT_MISMATCH
     place = text.find(generation_prompt, extent.first, extent.last)
     if 0 <= place <= extent.own_start:
-        return place + len(generation_prompt), PROMPT_MISMATCH if given is None else HISTORY_DIFFERS
+        return place + len(generation_prompt), PROMPT_MISMATCH if prompts.given(index) is None else HISTORY_DIFFERS
     # Where the two part. What the message says itself, and the token that ends it, are never part of a prompt.
     stop_starts = (text.find(stop, extent.first, extent.last) for stop in stops if stop)
     limit = min([extent.own_start, *(place for place in stop_starts if place >= 0)])
     pairs = zip(generation_prompt, text[extent.first : limit], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return extent.first + shared, PROMPT_MISMATCH
+    return _out_of_tag_or_word(text, extent.first, extent.first + shared), PROMPT_MISMATCH
+
+
+def _out_of_tag_or_word(text: str, first: int, place: int) -> int:
+    """The last place up to `place` that is not inside a tag, as `<think>` and `<tool_call>` share `<t`, or a word."""
+    for opening, closing in ("<>", "[]"):
+        if (opened := text.rfind(opening, first, place)) > text.rfind(closing, first, place):
+            place = opened
+    while first < place < len(text) and text[place - 1].isalnum() and text[place].isalnum():
+        place -= 1
+    return place
 
 
 def _through_stop_token(text: str, start: int, tail: int, limit: int, stops: Sequence[str]) -> int | None:

@@ -28,6 +28,7 @@ class Loaded:
         base: how the base model was loaded.
         is_adapter: whether `model` is an adapter on a base.
         template_variables: those that the chat template was given in training.
+        replies: which replies were learned and how they end: `turns`, `append_stop_token` and `allow` of the training.
     """
 
     model: Any
@@ -35,6 +36,7 @@ class Loaded:
     base: BaseSpec
     is_adapter: bool
     template_variables: dict[str, Any] = field(default_factory=dict)
+    replies: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(path: str | Path, device: str = "auto", trust_remote_code: bool = False) -> Loaded:
@@ -67,7 +69,9 @@ def load_adapter(folder: Path, spec: BaseSpec) -> Loaded:
     model = put_adapter(base, folder, len(tokenizer))
     if (folder / "generation_config.json").is_file():
         base.generation_config = model.generation_config = GenerationConfig.from_pretrained(folder)
-    return Loaded(model.eval(), tokenizer, spec, True, _manifest(folder).get("chat_template_kwargs", {}))
+    manifest = _manifest(folder)
+    variables, replies = manifest.get("chat_template_kwargs", {}), manifest.get("replies", {})
+    return Loaded(model.eval(), tokenizer, spec, True, variables, replies)
 
 
 def put_adapter(base: "PreTrainedModel", folder: Path, vocabulary_size: int) -> Any:

@@ -38,8 +38,7 @@ def tiny_tokenizer(texts: Iterable[str], vocabulary_size: int = 512) -> "PreTrai
 def tokenizer_for(template: Template) -> "PreTrainedTokenizerBase":
     """A tiny tokenizer that knows the control tokens of a template, to try it without any model."""
     tokens = control_tokens_in(template)
-    named = template.about.get("stop", "").split()
-    stop = next((token for token in named if token in tokens), "</s>")
+    stop = next((token for token in template.stops if token in tokens), "</s>")
     tokenizer = tiny_tokenizer([template.text])
     tokenizer.add_special_tokens(
         {"bos_token": "<s>", "eos_token": stop, "unk_token": "<unk>", "additional_special_tokens": tokens}

@@ -82,6 +82,8 @@ def prepare_speech(
         _use_template(tokenizer, template)
     plain_template(tokenizer)  # there must be one
     stops = stop_tokens_of(tokenizer, generation_config.eos_token_id if generation_config else None)
+    known = tokenizer.get_vocab()
+    stops += [stop for stop in (template.stops if template else ()) if stop in known and stop not in stops]
     if not stops:
         raise TemplateError(
             "neither the tokenizer nor the generation config names a token that ends a reply (eos_token), so the "
@@ -116,10 +118,9 @@ def _add_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str], templat
 def _use_template(tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
     """Sets the template; the token with which it ends a reply becomes the tokenizer's eos."""
     tokenizer.chat_template = template.text
-    stop = template.about.get("stop", "")
-    if not stop.startswith("<") or stop == tokenizer.eos_token:
+    if not template.stops or template.stops[0] == tokenizer.eos_token:
         return
-    vocabulary = tokenizer.get_vocab()
+    stop, vocabulary = template.stops[0], tokenizer.get_vocab()
     if stop not in vocabulary:
         lacking = ",".join(token for token in template.about.get("tokens", stop).split() if token not in vocabulary)
         raise TemplateError(

@@ -33,7 +33,7 @@ def pieces_of(text: str, tokens: Tokens, labels: Sequence[int]) -> list[Piece]:
         if ids or position > begin:
             found.append(Piece(text[begin:position], tuple(ids), learned))
 
-    for token, start, end, label in zip(tokens.ids, tokens.starts, tokens.ends, labels, strict=True):
+    for token, (start, end), label in zip(tokens.ids, tokens.offsets, labels, strict=True):
         shares = ids and (start < position or start == end)
         if not shares:
             close()

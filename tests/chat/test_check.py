@@ -30,7 +30,7 @@ def test_no_word_of_anybody_else_is_learned_under_any_real_template():
         statuses = Counter(finding.status for finding in found)
         assert WRONG not in statuses, (name, [finding for finding in found if finding.status == WRONG])
         refused = {finding.scenario for finding in found if finding.status == REFUSED}
-        assert refused <= {"typed parts", "a tool call with words"}, (name, refused)
+        assert refused <= {"a tool call with words"}, (name, refused)
         assert statuses[UNSUPPORTED] < len(found), name
 
 

@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 from jinja2 import Environment
 
-from lora_sft.chat.forward import first_free_message
+from lora_sft.chat.forward import Forward, reads_forward
 from lora_sft.chat.prompts import Prompts
 from lora_sft.chat.rendering import with_aliases
 from lora_sft.chat.scenarios import scenarios
@@ -41,7 +41,8 @@ PROMPT = "{% if add_generation_prompt %}assistant: {% endif %}"
     ],
 )
 def test_a_template_that_reads_forward_is_known_by_its_syntax(template, first):
-    assert first_free_message(Environment(extensions=["jinja2.ext.do"]).parse(template)) == first
+    found = reads_forward(Environment().parse(template))
+    assert found == (None if first is None else Forward(first, ("add_generation_prompt",)))
 
 
 def test_prompts_put_together_are_those_that_are_rendered():

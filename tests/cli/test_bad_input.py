@@ -31,7 +31,7 @@ def cases(base, tmp_path):
         "no chat template": (["--model", plain], "the model has no chat template; choose one with chat_template"),
         "unknown template": (
             ["--chat-template", "chatlm"],
-            'chat_template "chatlm" is not one of chatml, llama3, zephyr',
+            'chat_template "chatlm" is not one of alpaca, chatml, command-r, deepseek-r1, ',
         ),
         "no assistant turn": (["--dataset", rows(tmp_path / "a.jsonl", [USER])], "a.jsonl:1: no assistant turn"),
         "unknown role": (

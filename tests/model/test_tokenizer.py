@@ -3,6 +3,7 @@
 import pytest
 from transformers import GenerationConfig
 
+from lora_sft.chat.templates import find_template
 from lora_sft.errors import TemplateError
 from lora_sft.model.tokenizer import prepare_speech
 
@@ -51,3 +52,23 @@ def test_no_template_is_told_with_what_to_do(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(TemplateError, match="choose one with chat_template"):
         prepare_speech(tokenizer)
+
+
+def test_a_base_model_whose_eos_is_not_what_the_template_writes_learns_both(tokenizer, capsys):
+    """Qwen's base models name <|endoftext|> and end their turns with <|im_end|>."""
+    tokenizer.eos_token = "<|endoftext|>"
+    assert prepare_speech(tokenizer).stop_tokens == ["<|endoftext|>", "<|im_end|>"]
+    assert "<|im_end|> (guessed" in capsys.readouterr().err
+
+
+def test_a_template_of_the_users_own_folder_is_found_by_name(tokenizer, tmp_path):
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}={{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant={% endif %}"
+    )
+    (tmp_path / "chatml.jinja").write_text("mine")
+    mine = prepare_speech(tokenizer, chat_template="mine", chat_template_dir=str(tmp_path)).tokenizer
+    assert mine.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "user=x<|im_end|>"
+    assert find_template("chatml", tmp_path).text == "mine"
+    with pytest.raises(TemplateError, match="no such folder"):
+        find_template("chatml", tmp_path / "none")

@@ -18,7 +18,7 @@ def test_the_pieces_are_the_text_and_every_token_once(tokenizer):
 
 
 def test_text_without_a_token_is_shown_too():
-    assert pieces_of("a b ", Tokens([5, 6], [0, 2], [1, 3]), [-100, 6]) == [
+    assert pieces_of("a b ", Tokens([5, 6], [(0, 1), (2, 3)]), [-100, 6]) == [
         Piece("a", (5,), False),
         Piece(" ", (), False),
         Piece("b", (6,), True),
@@ -27,4 +27,4 @@ def test_text_without_a_token_is_shown_too():
 
 
 def test_nothing_is_no_piece():
-    assert pieces_of(Rendered("", []).text, Tokens([], [], []), []) == []
+    assert pieces_of(Rendered("", []).text, Tokens([], []), []) == []

@@ -2,7 +2,6 @@
 
 import pytest
 
-from lora_sft.chat.templates import find_template
 from lora_sft.data.conversation import Conversation
 from lora_sft.errors import DataError, TemplateError
 from lora_sft.model.tokenizer import prepare_speech
@@ -84,7 +83,7 @@ def test_a_missing_stop_token_can_be_accepted(speech):
 
 def test_words_that_the_template_drops_are_refused_once_for_all_rows(speech):
     thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
-    speech.tokenizer.chat_template = find_template("zephyr").text
+    speech.tokenizer.chat_template = NO_STOP.replace("\n", "<|im_end|>")
     rows = [Conversation(thinking, source=f"a:{n}") for n in range(1, 6)]
     with pytest.raises(TemplateError, match=r"a:1, reply 1: the template leaves out its reasoning \(5 times\)"):
         prepare(rows, speech, max_length=300)
