@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from lora_sft.api import Chat, Preview, Run, evaluate, finetune, load, preview
-    from lora_sft.chat.labels import Example, encode
+    from lora_sft.api import Chat, Run, evaluate, finetune, load, preview
+    from lora_sft.chat.labels import Example, Preview, encode
     from lora_sft.chat.rendering import Rendered, render
     from lora_sft.config import RunConfig
     from lora_sft.errors import LoraSftError
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Chat": "api",
-    "Preview": "api",
+    "Preview": "chat.labels",
     "Run": "api",
     "evaluate": "api",
     "finetune": "api",

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sft.chat.check import Finding, check_template
-from lora_sft.chat.labels import Example, labelled, make_example
+from lora_sft.chat.labels import Preview, look_at
 from lora_sft.chat.probe import guess_stop_token
-from lora_sft.chat.rendering import Rendered
 from lora_sft.chat.stops import stop_tokens_of
 from lora_sft.chat.templates import find_template, shipped_templates
-from lora_sft.chat.tokens import Tokens
 from lora_sft.config import RunConfig
 from lora_sft.console import console, is_main_process
 from lora_sft.data.conversation import Message
@@ -211,23 +209,6 @@ def check(name: str, *, trust_remote_code: bool = False) -> list[Finding]:
     return check_template(speech.tokenizer, stop_tokens=speech.stop_tokens)
 
 
-@dataclass(frozen=True)
-class Preview:
-    """One conversation as the model sees it.
-
-    Attributes:
-        source: where it came from.
-        rendered: its text, and what of it must be produced.
-        example: its tokens and labels.
-        tokens: where each token stands in the text.
-    """
-
-    source: str
-    rendered: Rendered
-    example: Example
-    tokens: Tokens
-
-
 def preview(
     model: "str | Path | None" = None,
     dataset: Any = None,
@@ -250,6 +231,4 @@ def preview(
     options = (resolved.chat_template_kwargs, resolved.turns, resolved.append_stop_token)
     for conversation in conversations:
         for text in render_conversation(conversation, speech, *options):
-            tokens, labels, split = labelled(text, speech.tokenizer)
-            example = make_example(tokens, labels, split, text, source=conversation.source)
-            yield Preview(conversation.source, text, example, tokens)
+            yield look_at(text, speech.tokenizer, conversation.source)

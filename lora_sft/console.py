@@ -4,10 +4,11 @@ Without a terminal, lines are plain and long: no colours, no boxes, no wrapping 
 """
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 PLAIN_WIDTH = 200
@@ -31,6 +32,15 @@ def console(results: bool = False) -> "Console":
     stream = sys.stdout if results else sys.stderr
     width = None if stream.isatty() else PLAIN_WIDTH
     return Console(stderr=not results, highlight=False, width=width, quiet=not is_main_process())
+
+
+def table_of(*columns: str, **options: Any) -> "Table":
+    """An empty table; without a terminal it has no lines."""
+    from rich import box
+    from rich.table import Table
+
+    plain = not console().is_terminal
+    return Table(*columns, box=None if plain else box.ROUNDED, pad_edge=not plain, title_justify="left", **options)
 
 
 def say(topic: str, words: str) -> None:

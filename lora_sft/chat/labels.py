@@ -71,25 +71,43 @@ def encode_rendered(
     Raises:
         ModelError: the tokenizer cannot say which characters a token stands for.
     """
-    return make_example(*labelled(rendered, tokenizer), rendered, max_length, source)
-
-
-def make_example(
-    tokens: Tokens, labels: list[int], split: int, rendered: Rendered, max_length: int | None = None, source: str = ""
-) -> Example:
-    """What `labelled` returns → Example."""
+    tokens, labels, split = _labelled(rendered, tokenizer)
     cut = 0 if max_length is None else max(0, len(labels) - max_length)
     kept = len(labels) - cut
     return Example(tokens.ids[:kept], labels[:kept], cut, source, rendered.notes, split)
 
 
-def labelled(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[Tokens, list[int], int]:
-    """(tokens, their labels, how many tokens were split).
+@dataclass(frozen=True)
+class Preview:
+    """One conversation as the model sees it, to be looked at.
 
-    Where a token straddles the start of a reply, the text is split there, as in inference.
+    Attributes:
+        source: where it came from.
+        rendered: its text, and what of it must be produced.
+        example: its tokens and labels.
+        tokens: where each token stands in the text.
+    """
+
+    source: str
+    rendered: Rendered
+    example: Example
+    tokens: Tokens
+
+
+def look_at(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", source: str) -> Preview:
+    """Text with its supervised spans → Preview, cut to nothing.
 
     Raises:
         ModelError: the tokenizer cannot say which characters a token stands for.
+    """
+    tokens, labels, split = _labelled(rendered, tokenizer)
+    return Preview(source, rendered, Example(tokens.ids, labels, 0, source, rendered.notes, split), tokens)
+
+
+def _labelled(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[Tokens, list[int], int]:
+    """(tokens, their labels, how many tokens were split).
+
+    Where a token straddles the start of a reply, the text is split there, as in inference.
     """
     if tokenizer.is_fast:
         tokens = tokenize(rendered.text, tokenizer, rendered.literal)

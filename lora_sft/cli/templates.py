@@ -51,12 +51,15 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json([{"name": template.name, **template.about} for template in found])
         return
+    from rich.text import Text
+
+    from lora_sft.console import console, table_of
+
+    table = table_of("name", "models", "ends a reply with", "tools", "thinking")
     for template in found:
-        about = template.about
-        click.echo(
-            f"{template.name:8}  {about.get('family', ''):10}  ends a reply with {about.get('stop', '?')}; tools: "
-            f"{about.get('tools', '?')}; for {about.get('models', '?')}"
-        )
+        about = (template.about.get(key, "") for key in ("models", "stop", "tools", "thinking"))
+        table.add_row(template.name, *map(Text, about))
+    console(results=True).print(table)
 
 
 @command.command("check")

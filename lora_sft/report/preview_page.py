@@ -3,12 +3,9 @@
 from collections.abc import Iterable
 from html import escape
 from string import Template
-from typing import TYPE_CHECKING
 
+from lora_sft.chat.labels import Preview
 from lora_sft.report.pieces import Piece, pieces_of
-
-if TYPE_CHECKING:
-    from lora_sft.api import Preview
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -41,7 +38,7 @@ $sections
 """)
 
 
-def preview_page(previews: Iterable["Preview"], title: str) -> str:
+def preview_page(previews: Iterable[Preview], title: str) -> str:
     """The page as HTML."""
     shown = list(previews)
     learned = sum(preview.example.supervised_tokens for preview in shown)
@@ -53,7 +50,7 @@ def preview_page(previews: Iterable["Preview"], title: str) -> str:
     )
 
 
-def _section(preview: "Preview") -> str:
+def _section(preview: Preview) -> str:
     learned, tokens = preview.example.supervised_tokens, len(preview.example.input_ids)
     pieces = pieces_of(preview.rendered.text, preview.tokens, preview.example.labels)
     notes = "".join(

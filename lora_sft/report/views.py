@@ -2,30 +2,27 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from lora_sft.chat.check import EXACT, REFUSED, UNSUPPORTED, WRONG, Finding
+from lora_sft.chat.labels import Preview
 from lora_sft.chat.rendering import Rendered
 from lora_sft.chat.turns import HARMFUL
-from lora_sft.console import console
+from lora_sft.console import console, table_of
 from lora_sft.report.pieces import pieces_of
 from lora_sft.training.job import Job
-
-if TYPE_CHECKING:
-    from lora_sft.api import Preview
 
 SUPERVISED = "bold green"
 SHADES = {True: ("black on green", "black on bright_green"), False: ("dim", "dim reverse")}
 """Styles of tokens that are learned, and of those that are not; neighbours take turns."""
 
 
-def tokens_view(preview: "Preview") -> RenderableType:
+def tokens_view(preview: Preview) -> RenderableType:
     """A previewed conversation, token by token on a terminal: neighbours differ in shade, what is learned is green."""
     example, rendered = preview.example, preview.rendered
     notes = [Text(f"reply {note.turn + 1}: {note.status}: {note.words}", "yellow") for note in rendered.notes]
@@ -86,12 +83,6 @@ def _notes_table(job: Job) -> Table:
         for status, lines in prepared.noted.items() if prepared is not None else ():
             table.add_row(name, status, f"{len(lines):,}", Text(lines[0]))
     return table
-
-
-def table_of(*columns: str, **options: Any) -> Table:
-    """An empty table; without a terminal it has no lines."""
-    plain = not console().is_terminal
-    return Table(*columns, box=None if plain else box.ROUNDED, pad_edge=not plain, title_justify="left", **options)
 
 
 def replies_view(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

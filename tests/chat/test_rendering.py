@@ -108,7 +108,8 @@ def test_without_a_generation_prompt_all_that_is_written_for_a_reply_is_learned(
     """Here the history differs too: the newest question is marked. The reply's own opening is the model's to write."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}"
-        "{{ '[NEW]' if messages | length < loop.index + 2 else '[OLD]' }}{{ m.content }}{% else %}{{ '>> ' ~ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{{ '[NEW]' if messages | length < loop.index + 2 else '[OLD]' }}{{ m.content }}"
+        "{% else %}{{ '>> ' ~ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
     rendered = render(conversation("hi", "yo", "and?", "so"), tokenizer, chat_template=template)
     assert [rendered.text[start:end] for start, end in rendered.supervised] == [">> yo<|im_end|>", ">> so<|im_end|>"]

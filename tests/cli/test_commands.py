@@ -164,7 +164,7 @@ def test_help_lists_every_setting(capsys):
 
 
 def test_json_may_stand_before_the_subcommand(capsys):
-    assert json.loads(run(capsys, "templates", "--json", "list")[1])[0]["name"] == "chatml"
+    assert json.loads(run(capsys, "templates", "--json", "list")[1])[0]["name"] == "alpaca"
     assert json.loads(run(capsys, "templates", "--json", "show", "chatml")[1])["name"] == "chatml"
 
 

@@ -1,6 +1,6 @@
 """What stands on the preview page: the whole text, each token once."""
 
-from lora_sft.chat.labels import labelled
+from lora_sft.chat.labels import look_at
 from lora_sft.chat.rendering import Rendered, render
 from lora_sft.chat.tokens import Tokens
 from lora_sft.report.pieces import Piece, pieces_of
@@ -9,10 +9,10 @@ from tests.conftest import conversation
 
 def test_the_pieces_are_the_text_and_every_token_once(tokenizer):
     rendered = render(conversation("hi 🙂", "naïve 🙃\n\tx"), tokenizer)
-    tokens, labels, _ = labelled(rendered, tokenizer)
-    pieces = pieces_of(rendered.text, tokens, labels)
+    shown = look_at(rendered, tokenizer, "a:1")
+    pieces = pieces_of(rendered.text, shown.tokens, shown.example.labels)
     assert "".join(piece.text for piece in pieces) == rendered.text
-    assert [token for piece in pieces for token in piece.ids] == tokens.ids
+    assert [token for piece in pieces for token in piece.ids] == shown.example.input_ids
     assert any(len(piece.ids) > 1 and piece.text == "🙃" for piece in pieces)
     assert "".join(piece.text for piece in pieces if piece.is_learned) == "naïve 🙃\n\tx<|im_end|>"
 
