@@ -8,13 +8,13 @@ strings to be fooled and no table of model families. `docs/masking.md` tells the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_sft.chat.control import ControlTokens, find_control_tokens, literal_stretches
+from lora_sft.chat.marks import differences
 from lora_sft.chat.missing import REASONING_FIELDS, what_is_missing
 from lora_sft.chat.prompts import Prompts
-from lora_sft.chat.stops import stop_tokens_of
+from lora_sft.chat.stops import put_in, stop_tokens_of
 from lora_sft.chat.traced import Run, Traced, runs_of
 from lora_sft.chat.tracing import FAILURES, TracedTemplate, compile_traced
 from lora_sft.chat.turns import (
@@ -298,7 +298,10 @@ class _Rendering:
             return []
         marks = self._plain_and_marks[1]
         replies = [found[index] if index in found else self.reply(index) for index in self.replies]
-        return [Note(0, MARKS_DIFFER, words) for words in _differences(self.plain, marks, replies)]
+        return [
+            Note(0, MARKS_DIFFER, words)
+            for words in differences(self.plain, marks, [(reply.start, reply.end) for reply in replies])
+        ]
 
     def _with_stop_tokens(self, rendered: Rendered, replies: Sequence[Reply]) -> Rendered:
         """Puts the missing stop tokens in."""
@@ -307,20 +310,7 @@ class _Rendering:
             return rendered
         stop = self._stop_used_elsewhere()
 
-        def moved(place: int, behind: bool = False) -> int:
-            """Where a place is in the new text: before the token that is put in there, or behind it."""
-            before = sum(1 for other in places if other < place or (behind and other == place))
-            return place + before * len(stop)
-
-        cuts = sorted(places)
-        pieces = pairwise([0, *cuts, len(rendered.text)])
-        text = stop.join(rendered.text[first:last] for first, last in pieces)
-        supervised = [(moved(start), moved(end, behind=True)) for start, end in rendered.supervised]
-        literal = [
-            (moved(start, behind=True), moved(end))
-            for first, last in rendered.literal
-            for start, end in pairwise([first, *(cut for cut in cuts if first < cut < last), last])
-        ]
+        text, supervised, literal = put_in(stop, places, rendered.text, rendered.supervised, rendered.literal)
         notes = [note for note in rendered.notes if note.status != NO_STOP_TOKEN]
         return replace(rendered, text=text, supervised=supervised, literal=literal, notes=notes)
 
@@ -335,31 +325,6 @@ class _Rendering:
             return self.stops[0]
         learned = longer.plain[reply.start : reply.end]
         return next((stop for stop in self.stops if learned.endswith(stop)), self.stops[0])
-
-
-def _differences(text: str, marks: Sequence[tuple[int, int]], replies: Sequence[Reply]) -> list[str]:
-    """What the template's marks cover beside the replies, and what they leave out; each kind once."""
-    mine = [(reply.start, reply.end) for reply in replies]
-    found: dict[str, None] = {}
-    for verb, spans, others in (("also cover", marks, mine), ("leave out", mine, marks)):
-        for first, last in _without(spans, others):
-            found[f"the template's own marks {verb} {text[first : min(last, first + 40)]!r}"] = None
-    return list(found)
-
-
-def _without(spans: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What of the spans no other span covers."""
-    left = []
-    for first, last in spans:
-        for start, end in sorted(others):
-            if end <= first or start >= last:
-                continue
-            if start > first:
-                left.append((first, start))
-            first = max(first, end)
-        if first < last:
-            left.append((first, last))
-    return left
 
 
 def _compiled(template: str) -> TracedTemplate:
