@@ -15,6 +15,7 @@ from lora_sft.chat.marks import differences
 from lora_sft.chat.missing import REASONING_FIELDS, what_is_missing
 from lora_sft.chat.prompts import Prompts
 from lora_sft.chat.stops import put_in, stop_tokens_of
+from lora_sft.chat.templates import source_of
 from lora_sft.chat.traced import Run, Traced, runs_of
 from lora_sft.chat.tracing import FAILURES, TracedTemplate, compile_traced
 from lora_sft.chat.turns import (
@@ -74,7 +75,7 @@ def render(
         messages: role and content, in order.
         tokenizer: gives the special tokens, and the chat template unless one is named.
         tools: JSON schemas of functions that the assistant may call.
-        chat_template: Jinja source; None takes the tokenizer's.
+        chat_template: Jinja source, a name in `templates/` or a path; None takes the tokenizer's.
         stop_tokens: tokens that end a reply; None takes the tokenizer's eos and the generation config beside it.
         append_stop_token: puts a stop token behind replies that the template ends without one.
         template_variables: passed to the template (`enable_thinking=False`).
@@ -159,7 +160,7 @@ class _Rendering:
             "tools": list(tools) if tools else None,
             "add_generation_prompt": False,
         }
-        self.template = chat_template or plain_template(tokenizer)
+        self.template = source_of(chat_template) if chat_template else plain_template(tokenizer)
         self.shown = with_aliases(messages)
         self.replies = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         self.compiled = _compiled(self.template)

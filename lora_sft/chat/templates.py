@@ -65,6 +65,15 @@ def find_template(name_or_path: str, folder: str | Path | None = None) -> Templa
     return known[name_or_path]
 
 
+def source_of(template: str) -> str:
+    """A template's Jinja source, its name in `templates/` or its path → its source.
+
+    Raises:
+        TemplateError: it is not Jinja, and no such template exists.
+    """
+    return template if "{" in template or "\n" in template else find_template(template).text
+
+
 def control_tokens_in(template: Template) -> list[str]:
     """The control tokens that a template writes: those that its head comment names, else all that look like one."""
     named = [*template.stops, *_tokens(template.about.get("tokens", ""))]

@@ -50,6 +50,17 @@ def test_a_template_renders_its_format_and_marks_the_replies(template, tokenizer
     assert not rendered.notes
 
 
+def test_a_conversation_is_rendered_under_a_template_by_its_source_name_or_path(tokenizer, tmp_path):
+    source = find_template("zephyr").text
+    (tmp_path / "mine.jinja").write_text(source)
+    rendered = [
+        render(CONVERSATION, tokenizer, chat_template=t) for t in (source, "zephyr", str(tmp_path / "mine.jinja"))
+    ]
+    assert rendered[0] == rendered[1] == rendered[2]
+    with pytest.raises(TemplateError, match='"zehpyr" is not one of'):
+        render(CONVERSATION, tokenizer, chat_template="zehpyr")
+
+
 def test_chatml_shows_tools_and_calls(tokenizer):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = [
