@@ -13,7 +13,10 @@ from lora_sft.training.loss import forward_loss
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, device: Any = "cpu") -> dict[str, Tensor]:
-    """Examples → one batch padded on the right: `input_ids`, `attention_mask`, `labels`, each (batch, longest)."""
+    """Examples → one batch padded on the right: `input_ids`, `attention_mask`, `labels`, each (batch, longest).
+
+    The first label of a row is -100: nothing stands before it, and so it is in no count either.
+    """
     longest = max(len(example.input_ids) for example in examples)
 
     def column(rows: list[list[int]], filler: int) -> Tensor:
@@ -22,16 +25,17 @@ def pad(examples: Sequence[Example], pad_token_id: int, device: Any = "cpu") -> 
     return {
         "input_ids": column([example.input_ids for example in examples], pad_token_id),
         "attention_mask": column([[1] * len(example.input_ids) for example in examples], 0),
-        "labels": column([example.labels for example in examples], IGNORED),
+        "labels": column([[IGNORED, *example.labels[1:]] for example in examples], IGNORED),
     }
 
 
 def batches(
-    examples: Sequence[Example], size: int, pad_token_id: int, device: Any = "cpu"
+    examples: Sequence[Example], size: int, pad_token_id: int, device: Any = "cpu", rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Examples in order → padded batches of `size`."""
-    for start in range(0, len(examples), size):
-        yield pad(examples[start : start + size], pad_token_id, device)
+    """Examples → padded batches of `size`; `rows` says which ones, and in what order."""
+    rows = range(len(examples)) if rows is None else rows
+    for start in range(0, len(rows), size):
+        yield pad([examples[row] for row in rows[start : start + size]], pad_token_id, device)
 
 
 class Sums(NamedTuple):
@@ -54,14 +58,20 @@ def measure(model: Any, examples: Sequence[Example], pad_token_id: int, batch_si
     }
 
 
-def sum_up(model: Any, examples: Sequence[Example], pad_token_id: int, batch_size: int) -> Sums:
-    """Sums over the supervised tokens of examples. The model's mode is left as it was."""
+def sum_up(
+    model: Any,
+    examples: Sequence[Example],
+    pad_token_id: int,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+) -> Sums:
+    """Sums over the supervised tokens of examples, or of some `rows` of them. The model's mode is left as it was."""
     was_training = model.training
     model.eval()
     sums = Sums(0.0, 0.0, 0.0)
     try:
         with torch.inference_mode():
-            for batch in batches(examples, batch_size, pad_token_id, model.device):
+            for batch in batches(examples, batch_size, pad_token_id, model.device, rows):
                 loss, _ = forward_loss(model, batch)
                 found = (loss.nll.item(), loss.correct.item(), loss.tokens.item())
                 sums = Sums(*(old + new for old, new in zip(sums, found, strict=True)))

@@ -4,6 +4,7 @@ Another loss: one function with the signature of `next_token_loss`, and its use 
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -56,22 +57,23 @@ def next_token_loss(logits: Tensor, targets: Tensor, token_count: Tensor | int) 
 
 
 def forward_loss(
-    model: "Module", batch: dict[str, Tensor], token_count: Tensor | int | None = None
+    model: "Module", batch: Mapping[str, Any], token_count: Tensor | int | None = None
 ) -> tuple[Loss, object]:
     """Forward pass → loss. The output layer runs only where some row of the batch has a supervised token.
 
     Args:
         model: a causal language model of transformers, with or without an adapter.
-        batch: `input_ids`, `attention_mask` and `labels`, each (batch, length), and what else the model takes.
+        batch: `input_ids` and `labels`, each (batch, length), and `attention_mask` or what keeps packed examples
+            apart; of the latter, the model is given what it takes.
         token_count: as for `next_token_loss`; None divides by this batch's own count.
 
     Returns:
         The loss, and the model's output.
     """
     labels = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = inputs_of(model, batch)
     positions = supervised_positions(labels)
-    if _takes_positions(model):
+    if "logits_to_keep" in _parameters(model):
         output = model(**inputs, use_cache=False, logits_to_keep=positions)
         logits = output.logits
     else:
@@ -96,8 +98,15 @@ def supervised_positions(labels: Tensor) -> Tensor:
     return positions if len(positions) else positions.new_zeros(1)
 
 
-def _takes_positions(model: "Module") -> bool:
-    """Whether the model computes logits at given positions only (`logits_to_keep` of transformers)."""
+def inputs_of(model: "Module", batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch is given to the model: all but the labels and what its `forward` has no place for."""
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(model).values())
+    return {
+        name: value for name, value in batch.items() if name != "labels" and (anything or name in _parameters(model))
+    }
+
+
+def _parameters(model: "Module") -> Mapping[str, inspect.Parameter]:
     base: Any = getattr(model, "module", model)  # out of a DDP wrapper
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return inspect.signature(base.forward).parameters

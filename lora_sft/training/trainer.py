@@ -2,22 +2,27 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from lora_sft.chat import IGNORED
 from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.errors import RunError, SettingError
 from lora_sft.model.tokenizer import Speech
-from lora_sft.training.evaluation import sum_up
+from lora_sft.training.batching import Batching, Lengths, lay_in_rows, plan_batches
+from lora_sft.training.evaluation import pad, sum_up
+from lora_sft.training.isolation import settle
 from lora_sft.training.loss import Loss, forward_loss
 from lora_sft.training.progress import Listener, Reporter
 
@@ -69,8 +74,57 @@ class Seen(NamedTuple):
         return self.nll / max(self.supervised, 1)
 
 
+TOKENS = "tokens"
+"""Entry of a micro-batch: how many tokens it has besides padding. It is for the count, not for the model."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Examples of one micro-batch → its tensors, and under `TOKENS` their tokens. None at all → nothing is learned."""
+
+    batching: Batching
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """The tensors of `lay_in_rows` or `pad`."""
+        tokens = sum(len(example.input_ids) for example in examples)
+        rows = examples or [Example([self.pad_token_id] * 2, [IGNORED] * 2)]
+        if self.batching.packing:
+            batch: Mapping[str, Any] = lay_in_rows(rows, self.batching, self.pad_token_id)
+        else:
+            batch = pad(rows, self.pad_token_id)
+        return {**batch, TOKENS: torch.tensor(tokens)}
+
+
+class MicroBatches(Sampler[list[int]]):
+    """The micro-batches of one process, in the order that (seed, epoch) says. It remembers nothing else."""
+
+    def __init__(self, lengths: Lengths, batching: Batching, rank: int) -> None:
+        self.lengths, self.batching, self.rank = lengths, batching, rank
+        self._epoch, self._plan = 0, plan_batches(lengths, batching)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before every epoch, also before one that is resumed."""
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, plan_batches(self.lengths, self.batching, epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._plan.batches[self.rank :: self.batching.ranks])
+
+    def __len__(self) -> int:
+        return self._plan.batches_of_a_process
+
+
+class MicroBatchLoader(DataLoader[Any]):
+    """A DataLoader that tells its batch sampler the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by transformers; where it has wrapped the sampler to skip batches, it calls that one instead."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
 class Trainer(SFTTrainer):
-    """TRL's trainer with our loss, exact means over tokens, float32 adapters, and no telemetry."""
+    """TRL's trainer with our batches and loss, exact means over tokens, float32 adapters, and no telemetry."""
 
     # `compute_loss` divides by the supervised tokens of the whole step, so nothing is left to scale.
     loss_is_scaled_for_ga = True
@@ -79,10 +133,14 @@ class Trainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
+        examples: Sequence[Example],
+        lengths: Lengths,
+        batching: Batching,
         eval_examples: Sequence[Example] = (),
         loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
     ) -> None:
+        self._examples, self._lengths, self._batching = examples, lengths, batching
         self._eval_examples = eval_examples
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._tally = Tally()
@@ -105,6 +163,25 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """We write our own at the end; TRL's says "fine-tuned version of [None]"."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Our micro-batches; examples are read when they are needed.
+
+        accelerate does not wrap it: its sharding of batches repeats rows to make them even, and loses the epoch in a
+        resumed run. transformers moves the tensors to the device.
+        """
+        # `_train_batch_size` is smaller than the setting where auto_find_batch_size has halved it.
+        batching = replace(self._batching, micro_batch=self._train_batch_size)
+        workers = self.args.dataloader_num_workers
+        return MicroBatchLoader(
+            self._examples,  # type: ignore[arg-type]
+            batch_sampler=MicroBatches(self._lengths, batching, self.args.process_index),
+            collate_fn=Collator(batching, self.processing_class.pad_token_id),
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer of the settings; with LoRA+ the B matrices have a learning rate of their own."""
@@ -132,8 +209,9 @@ class Trainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch, divided by the supervised tokens of the whole optimizer step."""
-        loss, output = forward_loss(model, inputs, num_items_in_batch)
-        self._tally.add(loss, inputs["attention_mask"].sum())
+        batch = {name: value for name, value in inputs.items() if name != TOKENS}
+        loss, output = forward_loss(model, batch, num_items_in_batch)
+        self._tally.add(loss, inputs[TOKENS])
         value = loss.value
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages the gradients of the ranks, and the count is of all of them together.
@@ -184,11 +262,10 @@ class Trainer(SFTTrainer):
 
         transformers' own weighs a short row like a long one, and with several processes counts some rows twice.
         """
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        mine = self._eval_examples[rank::ranks]
-        pad_token_id = self.processing_class.pad_token_id
+        mine = range(self.accelerator.process_index, len(self._eval_examples), self.accelerator.num_processes)
+        pad_token_id, size = self.processing_class.pad_token_id, self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
-            sums = sum_up(self.model, mine, pad_token_id, self.args.per_device_eval_batch_size)
+            sums = sum_up(self.model, self._eval_examples, pad_token_id, size, mine)
         nll, correct, tokens = self._over_all_ranks(*sums)
         metrics = {
             f"{metric_key_prefix}_loss": nll / max(tokens, 1),
@@ -205,16 +282,29 @@ def build_trainer(
     config: RunConfig,
     arguments: TrainingArguments,
     listeners: Sequence[Listener],
+    lengths: Lengths | None = None,
+    batching: Batching | None = None,
 ) -> Trainer:
-    """A trainer that is ready to `train()`; `arguments` are those that `training_arguments` made of `config`."""
+    """A trainer that is ready to `train()`.
+
+    Args:
+        examples: read one by one, when they are needed.
+        arguments: those that `training_arguments` made of `config`.
+        lengths: tokens of each example; None counts them.
+        batching: how micro-batches are made, as `choose_batching` found it for this model; None asks it.
+    """
     callbacks: list[Any] = [Reporter(listeners)]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    batching = choose_batching(model, config, arguments) if batching is None else batching
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_table(examples),
-        eval_dataset=_table(eval_examples) if eval_examples else None,
+        train_dataset=_first_row(examples),
+        eval_dataset=_first_row(eval_examples) if len(eval_examples) else None,
+        examples=examples,
+        lengths=[len(example.input_ids) for example in examples] if lengths is None else lengths,
+        batching=batching,
         eval_examples=eval_examples,
         processing_class=speech.tokenizer,
         callbacks=callbacks,
@@ -224,8 +314,16 @@ def build_trainer(
     return trainer
 
 
-def _table(examples: Sequence[Example]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
+def choose_batching(model: Any, config: RunConfig, arguments: TrainingArguments) -> Batching:
+    """What the settings ask for; packing only if it is proven on this model, in the arithmetic of the training."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
+    with torch.autocast(model.device.type, dtype, enabled=bool(arguments.bf16 or arguments.fp16)):
+        return settle(Batching.of(config, int(arguments.world_size)), model)
+
+
+def _first_row(examples: Sequence[Example]) -> Dataset:
+    """TRL asks for a `datasets.Dataset` and looks at its first row; what is trained on comes from `examples`."""
+    return Dataset.from_list([{"input_ids": examples[0].input_ids, "labels": examples[0].labels}])
 
 
 def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data: bool) -> SFTConfig:
@@ -258,7 +356,6 @@ def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data
         optim=config.optim,
         **{_CHECKPOINTING: checkpointing},
         neftune_noise_alpha=config.neftune_noise_alpha,
-        train_sampling_strategy=config.train_sampling_strategy,
         seed=config.seed,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
@@ -276,6 +373,7 @@ def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
         max_length=None,  # our examples are as long as they should be
+        dataset_kwargs={"skip_prepare_dataset": True},
         router_aux_loss_coef=0.0,
     )
     try:
