@@ -44,7 +44,15 @@ def _split_list(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
+def _split_pairs(value: Any) -> Any:
+    """`prompt=question,completion=answer` is a mapping."""
+    if not isinstance(value, str) or not all("=" in pair for pair in value.split(",")):
+        return value
+    return {name.strip(): other.strip() for name, _, other in (pair.partition("=") for pair in value.split(","))}
+
+
 Names = Annotated[list[str], BeforeValidator(_split_list)]
+Pairs = Annotated[dict[str, str], BeforeValidator(_split_pairs)]
 Cadence = Annotated[
     Literal["no", "steps", "epoch"],
     BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads a bare no as false
@@ -139,12 +147,34 @@ class AdapterSettings(Section):
     )
 
 
+class SourceSettings(BaseModel):
+    """One of several datasets that are mixed.
+
+    Attributes:
+        path: like `dataset`.
+        split, layout, columns, roles: of this one; unset: as for all.
+        weight: share of the mix; count, fraction: how many of its conversations, or which share of them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    split: str | None = None
+    layout: str | None = None
+    columns: dict[str, str] | None = None
+    roles: dict[str, str] | None = None
+    weight: PositiveFloat | None = None
+    count: PositiveInt | None = None
+    fraction: PositiveFloat | None = None
+
+
 class DataSettings(Section):
     """Data"""
 
-    dataset: str | None = setting(
+    dataset: str | list[str | SourceSettings] | None = setting(
         None,
-        "Conversations: a .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name.",
+        "Conversations: a .json, .jsonl, .csv, .parquet or .arrow file (also .gz, .zst), a folder of them, a glob, or "
+        "a hub name; or a list of those, each with weight, count or fraction if it is to be mixed.",
         also=("train_dataset", "dataset_name", "data_path", "train_file", "data"),
     )
     dataset_split: str = setting("train", "Which split of a hub dataset.", also=("split", "dataset_train_split"))
@@ -161,6 +191,25 @@ class DataSettings(Section):
         "Keep this share (below 1) or number of conversations out of training, for evaluation.",
         also=("val_set_size", "val_size", "validation_split", "test_size"),
     )
+    layout: str | None = setting(
+        None,
+        "How the rows are written: messages, sharegpt, alpaca, prompt-completion, text or tokens. Unset: found out.",
+    )
+    columns: Pairs = setting(
+        {}, "What the data calls our columns: {prompt: question, completion: answer}.", also=("column_mapping",)
+    )
+    roles: Pairs = setting({}, "What the data calls our roles: {bot: assistant}.", also=("role_mapping",))
+    on_bad_row: Literal["error", "skip"] = setting(
+        "error", "A row that cannot be trained on: an error, or left out, counted and written to bad_rows.jsonl."
+    )
+    mix_replacement: bool = setting(
+        False, "With weights: repeat a source that runs out; else the mix ends with the first that does."
+    )
+    mix_size: PositiveInt | None = setting(None, "With weights: how many examples the mix has.")
+    data_cache: str = setting(
+        "auto",
+        "Where prepared data is kept for the next run: a folder, auto (~/.cache/lora_sft), or off.",
+    )
     chat_template: str | None = setting(
         None,
         "A name from `lora-sft templates`, or a .jinja file. Unset: the model's own.",
@@ -175,9 +224,10 @@ class DataSettings(Section):
         "Longest example, in tokens.",
         also=("cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "model_max_length", "block_size"),
     )
-    truncation: Literal["drop", "cut", "error"] = setting(
+    truncation: Literal["drop", "oldest", "newest", "cut", "error"] = setting(
         "drop",
-        "What happens to longer ones: drop the row, cut its end off (and with it the stop token), or stop.",
+        "What happens to longer ones: drop the row, leave out its oldest or its newest turns, cut its end off (and "
+        "with it the stop token), or stop.",
         also=("on_too_long",),
     )
     turns: Literal["all", "last", "each"] = setting(
@@ -245,9 +295,16 @@ class TrainingSettings(Section):
     neftune_noise_alpha: PositiveFloat | None = setting(
         None, "Noise on the embeddings (NEFTune); 5 is usual.", also=("noisy_embedding_alpha",)
     )
+    packing: bool = setting(
+        False,
+        "Lay conversations end to end in rows of max_length tokens instead of padding them; a micro-batch is then so "
+        "many rows. Only where the model is proven to keep them apart.",
+        also=("sample_packing", "neat_packing"),
+    )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
-        "random",
-        "Order of the rows: shuffled anew each epoch, as they stand, or similar lengths together.",
+        "group_by_length",
+        "Order of the conversations: random, as they stand (sequential), or similar lengths together in a random "
+        "order (group_by_length), which leaves little padding.",
     )
     seed: NonNegativeInt = setting(
         42,

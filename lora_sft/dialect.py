@@ -126,9 +126,10 @@ MEANINGS: dict[str, Callable[[Any], Settings]] = {
     "train_on_responses_only": _only({True: {}}, _REPLIES_ONLY),
     "mask_history": _only({True: {"turns": "last"}, False: {}}, "give true or false"),
     "train_on_eos": _only({"turn": {}}, "every reply is learned through its stop token, and no other's"),
-    "sample_packing": _only({False: {}}, "packing is not there yet; rows are padded"),
-    "packing": _only({False: {}}, "packing is not there yet; rows are padded"),
-    "group_by_length": _only({True: {"train_sampling_strategy": "group_by_length"}, False: {}}, "give true or false"),
+    "group_by_length": _only(
+        {True: {"train_sampling_strategy": "group_by_length"}, False: {"train_sampling_strategy": "random"}},
+        "give true or false",
+    ),
     "excess_length_strategy": _only(
         {"drop": {"truncation": "drop"}, "truncate": {"truncation": "cut"}, "raise": {"truncation": "error"}},
         "rows are dropped, cut or refused",

@@ -19,12 +19,14 @@ _OTHER_SETTING = "there is a setting of ours for it"
 _OUR_LOSS = "the loss is the plain mean over supervised tokens"
 _OUR_DATA = "the rows are prepared before the trainer sees them"
 _NO_HUB = "nothing is uploaded yet; the output folder can be uploaded as it is"
+_OUR_BATCHES = "micro-batches are planned by us: use train_sampling_strategy, packing and seed"
 NOT_PASSED_ON = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "disable_tqdm", "remove_unused_columns"), _OUR_DATA),
     **dict.fromkeys(("use_cpu", "no_cuda"), "use device: cpu"),
     **dict.fromkeys(
         ("packing", "eval_packing", "padding_free", "dataset_text_field", "completion_only_loss"), _OUR_DATA
     ),
+    **dict.fromkeys(("dataloader_drop_last", "accelerator_config", "length_column_name", "data_seed"), _OUR_BATCHES),
     **dict.fromkeys(("label_smoothing_factor", "loss_type", "compute_loss_func", "label_names"), _OUR_LOSS),
     **dict.fromkeys(("activation_checkpointing",), "use gradient_checkpointing"),
     **dict.fromkeys(("push_to_hub", "push_to_hub_token", "hub_token", "hub_model_id", "hub_strategy"), _NO_HUB),

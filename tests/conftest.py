@@ -65,6 +65,11 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def with_a_cache_of_its_own(tmp_path_factory):
+    os.environ["LORA_SFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 FEW = {
     "max_steps": 3,
     "learning_rate": 5e-3,

@@ -1,38 +1,47 @@
-"""What a person calls a dataset (path, hub name, list, `datasets` object) → rows, each with its origin.
+"""What a person calls a dataset (path, glob, hub name, list, `datasets` object) → rows, each with its origin.
 
-JSON and JSONL are read with the standard library, so that values keep the type they have in the file and
-every row knows its line; CSV and Parquet are read by pyarrow, hub datasets by `datasets`.
+Everything is read a row at a time. JSON and JSONL are read with the standard library, so that values keep the type they
+have in the file; CSV too, every value as the text that stands there; Parquet and Arrow by pyarrow; hub datasets by
+`datasets`. A row that cannot be read is a row with a problem: whoever reads decides what becomes of it.
 """
 
+import csv
+import glob
+import io
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from lora_sft.data.problems import Problem
 from lora_sft.errors import DataError
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in the source, and where: `chats.jsonl:12`."""
+    """One row as it stands in the source, and where: `chats.jsonl:12`.
+
+    Attributes:
+        problem: why it cannot be read; `value` is then what is known of it, or None.
+    """
 
     value: Any
     source: str
+    problem: Problem | None = None
 
 
 def read_rows(dataset: Any, split: str = "train") -> Iterator[Row]:
-    """All rows of a dataset, in order.
+    """All rows of a dataset, in order, read as they are asked for.
 
     Args:
-        dataset: a .json, .jsonl, .csv or .parquet file, a folder of them, a hub name, a list of dicts, or a
-            `datasets.Dataset`, `DatasetDict` or `IterableDataset`.
+        dataset: a file (SUFFIXES, also compressed), a folder of them, a glob, a folder that `datasets` saved, a hub
+            name, a list or another iterable of dicts, or a `datasets` object.
         split: which split of a hub dataset or `DatasetDict`.
 
     Raises:
-        DataError: nothing there, or a file that cannot be read (with line and column).
+        DataError: nothing there, or a file that cannot be opened.
     """
     if isinstance(dataset, (str, Path)):
         yield from _read_path_or_hub(str(dataset), split)
@@ -43,84 +52,246 @@ def read_rows(dataset: Any, split: str = "train") -> Iterator[Row]:
         yield from _read_datasets(dataset, split, "row ")
 
 
+def files_of(name: str) -> list[Path] | None:
+    """The files that a path or glob stands for, in order; None if it is no path but a hub name.
+
+    Raises:
+        DataError: it is a path, and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in READERS)
+        if not found:
+            raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+        return found
+    if glob.has_magic(name):
+        matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = [Path(match) for match in matches if Path(match).is_file()]
+        if not found:
+            raise DataError(f"{name}: no file matches (looked in {Path.cwd()})")
+        return found
+    if _kind(path) in READERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise DataError(f"{name}: no such file or folder (looked in {Path.cwd()})")
+    return None
+
+
 def _read_path_or_hub(name: str, split: str) -> Iterator[Row]:
     path = Path(name).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not files:
-            raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-        for file in files:
-            yield from _read_file(file)
-    elif path.is_file():
-        yield from _read_file(path)
-    elif path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise DataError(f"{name}: no such file or folder (looked in {Path.cwd()})")
-    else:
+    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        yield from _read_datasets(_from_disk(path), split, f"{path.name}:")
+        return
+    files = files_of(name)
+    if files is None:
         yield from _read_datasets(_from_hub(name, split), split, f"{name}:")
+        return
+    for file in files:
+        shown = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        yield from _read_file(file, shown)
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".json":
-        yield from _read_json(path)
-    elif path.suffix in (".csv", ".parquet"):
-        yield from _read_table(path)
-    else:
+def _read_file(path: Path, shown: str) -> Iterator[Row]:
+    reader = READERS.get(_kind(path))
+    if reader is None:
         raise DataError(f"{path}: unknown kind of file; use {', '.join(SUFFIXES)}")
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            yield Row(_parse(line, f"{path.name}:{number}"), f"{path.name}:{number}")
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    content = _parse(_text(path), path.name)
-    if not isinstance(content, list):
-        raise DataError(
-            f"{path}: holds one {type(content).__name__}; a .json file holds a list of rows, a .jsonl file one row a "
-            "line"
-        )
-    for number, value in enumerate(content, start=1):
-        yield Row(value, f"{path.name}[{number}]")
-
-
-def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"{source}:{error.lineno}" if "\n" in text else source
-        raise DataError(f"{line}: no valid JSON at column {error.colno}: {error.msg}") from None
-
-
-def _read_table(path: Path) -> Iterator[Row]:
-    """CSV (every value as the text in the file) and Parquet, read by pyarrow."""
-    from pyarrow import ArrowInvalid, csv, parquet
-
-    try:
-        if path.suffix == ".csv":
-            names = csv.open_csv(path).schema.names
-            table = csv.read_csv(
-                path,
-                convert_options=csv.ConvertOptions(
-                    column_types=dict.fromkeys(names, "string"), strings_can_be_null=False
-                ),
-            )
-        else:
-            table = parquet.read_table(path)
-    except (ArrowInvalid, OSError) as error:
+        with _open(path) as stream:
+            yield from reader(stream, shown)
+    except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    for number, value in enumerate(table.to_pylist(), start=1):
-        yield Row(without_nulls(value), f"{path.name}[{number}]")
+
+
+def _kind(path: Path) -> str:
+    """`.jsonl` of `chats.jsonl` and of `chats.jsonl.gz`."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+
+
+def _open(path: Path) -> BinaryIO:
+    """A file as bytes, decompressed."""
+    if path.suffix.lower() not in COMPRESSED:
+        return path.open("rb")
+    import pyarrow
+
+    packed = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), COMPRESSED[path.suffix.lower()])
+    return io.BufferedReader(packed)
+
+
+# --- text files ---------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(stream: BinaryIO, shown: str) -> Iterator[Row]:
+    for number, line in enumerate(stream, start=1):
+        source = f"{shown}:{number}"
+        text, problem = _decoded(line, source, is_first=number == 1)
+        if problem or text.strip():
+            yield Row(None, source, problem) if problem else _parsed(text.rstrip(), source)
+
+
+def _parsed(text: str, source: str) -> Row:
+    try:
+        return Row(json.loads(text), source)
+    except json.JSONDecodeError as error:
+        return Row(None, source, Problem(source, "", f"no valid JSON at column {error.colno}: {error.msg}", ONE_A_LINE))
+    except RecursionError:
+        return Row(None, source, Problem(source, "", "is nested too deeply", "flatten it"))
+    except ValueError as error:  # a number of over 4,300 digits
+        return Row(None, source, Problem(source, "", f"no valid JSON: {error}", ONE_A_LINE))
+
+
+ONE_A_LINE = "a .jsonl file holds one JSON object a line"
+
+
+def _read_json(stream: BinaryIO, shown: str) -> Iterator[Row]:
+    """A list of rows; each is made when it is asked for, so only the text is in memory."""
+    text, problem = _decoded(stream.read(), shown, is_first=True)
+    if problem:
+        raise DataError(str(problem))
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    position = _behind_space(text, 0)
+    if text[position : position + 1] != "[":
+        raise DataError(
+            f"{shown}: does not begin with [; a .json file holds a list of rows, a .jsonl file one row a line"
+        )
+    position = _behind_space(text, position + 1)
+    number = 0
+    while text[position : position + 1] not in ("]", ""):
+        before, line = line, line + text.count("\n", counted, position)
+        counted, number = position, number + 1
+        try:
+            value, position = decoder.raw_decode(text, position)
+            # Where several rows share a line, their number tells them apart.
+            yield Row(value, f"{shown}:{line}" if line > before or number == 1 else f"{shown}[{number}]")
+            position = _behind_space(text, position)
+            if text[position : position + 1] == ",":
+                position = _behind_space(text, position + 1)
+                if text[position : position + 1] == "]":
+                    raise json.JSONDecodeError("a comma behind the last row", text, position)
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("expecting ',' or ']'", text, position)
+        except (json.JSONDecodeError, RecursionError, ValueError) as error:
+            # Where the next row would begin cannot be told any more.
+            raise DataError(f"{shown}:{_where(error, line)}; the rest of the file cannot be read") from None
+    if text[position : position + 1] != "]":
+        raise DataError(f"{shown}: the list of rows is not closed: the file is cut off")
+
+
+def _where(error: Exception, line: int) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.lineno}: no valid JSON at column {error.colno}: {error.msg}"
+    return f"{line}: no valid JSON: {error}"
+
+
+def _behind_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _read_csv(stream: BinaryIO, shown: str) -> Iterator[Row]:
+    """Every value as the text in the file; a quoted one may hold line breaks."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    number, problems = 0, []
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(stream, start=1):
+            text, problem = _decoded(line, f"{shown}:{number}", is_first=number == 1)
+            if problem:
+                problems.append(problem)
+            yield line.decode("utf-8", "replace") if problem else text
+
+    reader = csv.reader(lines())
+    names: list[str] | None = None
+    while True:
+        begins, problems = number + 1, []
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(None, f"{shown}:{begins}", Problem(f"{shown}:{begins}", "", f"no valid CSV: {error}", ""))
+            continue
+        if names is None:
+            names = values
+        elif values:
+            source = f"{shown}:{begins}"
+            if not problems and len(values) != len(names):
+                fix = "quote values that hold commas or line breaks"
+                problems.append(Problem(source, "", f"has {len(values)} values for {len(names)} columns", fix))
+            yield Row(dict(zip(names, values, strict=False)), source, problems[0] if problems else None)
+
+
+def _decoded(line: bytes, source: str, is_first: bool = False) -> tuple[str, Problem | None]:
+    """(text, None), or ("", why it is no text)."""
+    if is_first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "", Problem(source, "", "is UTF-16", "save the file as UTF-8")
+    try:
+        return (line.removeprefix(b"\xef\xbb\xbf") if is_first else line).decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        return "", Problem(source, "", f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8")
+
+
+# --- tables and datasets ------------------------------------------------------------------------------------
+
+
+def _read_parquet(stream: BinaryIO, shown: str) -> Iterator[Row]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        yield from _rows_of_batches(ParquetFile(stream).iter_batches(), shown)
+    except ArrowException as error:
+        raise DataError(f"{shown}: cannot be read as Parquet: {error}") from None
+
+
+def _read_arrow(stream: BinaryIO, shown: str) -> Iterator[Row]:
+    from pyarrow import ArrowException, ipc
+
+    try:
+        if stream.read(6) == b"ARROW1":
+            stream.seek(0)
+            file = ipc.open_file(stream)
+            batches: Iterable[Any] = (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            stream.seek(0)
+            batches = ipc.open_stream(stream)
+        yield from _rows_of_batches(batches, shown)
+    except ArrowException as error:
+        raise DataError(f"{shown}: cannot be read as Arrow: {error}") from None
+
+
+def _rows_of_batches(batches: Iterable[Any], shown: str) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # a damaged file may hold offsets that lead outside of it
+        for value in batch.to_pylist():
+            number += 1
+            yield Row(without_nulls(value), f"{shown}[{number}]")
+
+
+Reader = Callable[[BinaryIO, str], Iterator[Row]]
+
+# A new kind of file: its function above, its line here.
+READERS: dict[str, Reader] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+SUFFIXES = tuple(READERS)
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+
+
+def _from_disk(path: Path) -> Any:
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(path))
+    except Exception as error:  # whatever is wrong with the folder is told to the user
+        raise DataError(f"{path}: was saved by `datasets`, and cannot be read: {error}") from None
 
 
 def _from_hub(name: str, split: str) -> Any:
