@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from lora_sft.api import Chat, Run, evaluate, finetune, load, preview
+    from lora_sft.api import Chat, Run, evaluate, finetune, load, preview, validate
     from lora_sft.chat.labels import Example, Preview, encode
     from lora_sft.chat.rendering import Rendered, render
     from lora_sft.config import RunConfig
@@ -35,6 +35,7 @@ _HOME = {
     "load": "api",
     "merge": "export.merge",
     "preview": "api",
+    "validate": "api",
     "Example": "chat.labels",
     "encode": "chat.labels",
     "Rendered": "chat.rendering",
@@ -58,6 +59,7 @@ __all__ = [
     "merge",
     "preview",
     "render",
+    "validate",
 ]
 
 

@@ -13,8 +13,7 @@ from lora_sft.chat.templates import find_template, shipped_templates
 from lora_sft.config import RunConfig
 from lora_sft.console import console, is_main_process
 from lora_sft.data.conversation import Message
-from lora_sft.data.formats import to_conversations
-from lora_sft.data.sources import read_rows
+from lora_sft.data.intake import Intake
 from lora_sft.errors import DataError
 from lora_sft.export.merge import merge
 from lora_sft.model.generation import reply
@@ -26,6 +25,7 @@ from lora_sft.report.page import report_page
 from lora_sft.report.progress import LiveDisplay
 from lora_sft.report.views import data_view
 from lora_sft.settings import read_file, resolve
+from lora_sft.training.dataset import conversations_of, sources_of
 from lora_sft.training.evaluation import measure
 from lora_sft.training.job import load_speech, make_job
 from lora_sft.training.output import OutputFolder
@@ -33,6 +33,7 @@ from lora_sft.training.preparation import prepare, render_conversation
 from lora_sft.training.progress import Listener
 from lora_sft.training.run import train
 from lora_sft.training.saving import make_manifest
+from lora_sft.training.validation import Report, validate_conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,6 +106,8 @@ def finetune(
     try:
         job = make_job(resolved.model_copy(update={"output_dir": str(folder.path)}), **objects, tokenizer=tokenizer)
         folder.check_room(job.output_bytes)
+        if job.intake.bad and is_main_process():
+            folder.write("bad_rows.jsonl", job.intake.bad_rows())
         console().print(data_view(job))
         followers = [LiveDisplay()] if listeners is None else listeners
         outcome = train(job, folder, objects["model"], followers)
@@ -160,6 +163,9 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    layout: str | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    roles: Mapping[str, str] | str | None = None,
     **template_variables: Any,
 ) -> dict[str, Any]:
     """Loss, perplexity and token accuracy on the replies of a dataset; of an adapter's base too, for comparison.
@@ -171,6 +177,7 @@ def evaluate(
         dataset: given like that of `finetune`.
         max_length: longer conversations are left out, and counted.
         chat_template: a name in `templates/` or a path; None takes the one that lies with the model.
+        layout, columns, roles: how the rows are written; as the settings of these names.
 
     Returns:
         {"loss", "perplexity", "token_accuracy", "supervised_tokens", "examples", "too_long"}, and for an adapter
@@ -179,11 +186,13 @@ def evaluate(
     Raises:
         UsageError: the model, the template or the data is wrong.
     """
-    conversations = to_conversations(read_rows(dataset, split))
+    wishes = resolve({"layout": layout, "columns": columns or {}, "roles": roles or {}})
+    sources = sources_of(dataset, wishes, split)
     loaded = load_model(path, device, trust_remote_code)
     speech = prepare_speech(loaded.tokenizer, loaded.model.generation_config, chat_template)
     variables = {**loaded.template_variables, **template_variables}
-    prepared = prepare(conversations, speech, max_length, variables=variables, **loaded.replies)
+    stream = conversations_of(sources, Intake(), "error")
+    prepared = prepare(stream, speech, max_length, variables=variables, **loaded.replies)
     pad_token_id = loaded.tokenizer.pad_token_id
     found: dict[str, Any] = measure(loaded.model, prepared.examples, pad_token_id, batch_size)
     found |= {"examples": len(prepared.examples), "too_long": len(prepared.too_long)}
@@ -192,6 +201,34 @@ def evaluate(
             base = measure(loaded.model, prepared.examples, pad_token_id, batch_size)
         found |= {f"base_{name}": base[name] for name in ("loss", "perplexity", "token_accuracy")}
     return found
+
+
+def validate(
+    dataset: Any = None,
+    model: "str | Path | None" = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    config: "RunConfig | str | Path | Mapping[str, Any] | None" = None,
+    **settings: Any,
+) -> Report:
+    """Reads every row and tells what is wrong with it; with a model, also what its chat template makes of it.
+
+    Args:
+        dataset: given like that of `finetune`.
+        model: a folder or a hub name, of which only the tokenizer is read; None leaves tokens and templates out.
+        settings: those of `finetune`.
+
+    Raises:
+        UsageError: the data, the template or the model cannot be had at all.
+    """
+    resolved, objects = _settings(config, settings, model, dataset, None)
+    given = resolved.dataset if objects["dataset"] is None else objects["dataset"]
+    if given is None:
+        raise DataError("no data: give conversations with dataset (--dataset)")
+    speech = load_speech(resolved, tokenizer) if resolved.model_name_or_path or tokenizer else None
+    intake = Intake(names_repetitions=True)
+    stream = conversations_of(sources_of(given, resolved, resolved.dataset_split), intake, "collect")
+    return validate_conversations(stream, intake, speech, resolved)
 
 
 def check(name: str, *, trust_remote_code: bool = False) -> list[Finding]:
@@ -227,8 +264,8 @@ def preview(
     source = resolved.dataset if objects["dataset"] is None else objects["dataset"]
     if source is None:
         raise DataError("no data: give conversations with dataset (--dataset)")
-    conversations = to_conversations(read_rows(source, resolved.dataset_split))
+    sources = sources_of(source, resolved, resolved.dataset_split)
     options = (resolved.chat_template_kwargs, resolved.turns, resolved.append_stop_token)
-    for conversation in conversations:
+    for conversation in conversations_of(sources, Intake(), resolved.on_bad_row):
         for text in render_conversation(conversation, speech, *options):
             yield look_at(text, speech.tokenizer, conversation.source)

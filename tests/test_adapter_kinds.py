@@ -41,7 +41,8 @@ KINDS = {
     "8-bit-optimizer": {"optim": "adamw_8bit"},
     "paged-optimizer": {"optim": "paged_adamw_32bit"},
     "checkpointing": {"gradient_checkpointing": True},
-    "length-grouped": {"train_sampling_strategy": "group_by_length"},
+    "random order": {"train_sampling_strategy": "random"},
+    "packed": {"packing": True},
     "dropout": {"lora_dropout": 0.2},
 }
 

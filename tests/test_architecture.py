@@ -110,6 +110,7 @@ def test_the_public_names_are_there():
         "merge",
         "preview",
         "render",
+        "validate",
     ]
     for name in lora_sft.__all__:
         assert getattr(lora_sft, name).__doc__

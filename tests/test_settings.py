@@ -115,7 +115,6 @@ def test_a_translation_is_said_aloud(capsys):
     "refused",
     [
         {"train_on_inputs": True},
-        {"packing": True},
         {"stage": "dpo"},
         {"adapter": "ia3"},
         {"overwrite_output_dir": True},
@@ -173,8 +172,8 @@ def test_empty_settings_of_others_are_left_out_aloud(capsys):
 
 
 def test_every_refusal_names_its_setting_and_all_are_told_at_once():
-    with pytest.raises(SettingError, match=r"2 problems(.|\n)*stage: 'dpo' is not(.|\n)*packing: True is not"):
-        resolve({"stage": "dpo", "packing": True})
+    with pytest.raises(SettingError, match=r"2 problems(.|\n)*stage: 'dpo' is not(.|\n)*train_on_inputs: True is not"):
+        resolve({"stage": "dpo", "train_on_inputs": True})
 
 
 def test_one_setting_under_two_names_is_refused():

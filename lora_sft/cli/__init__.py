@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _add_commands() -> None:
-    from lora_sft.cli import chat, demo, evaluate, generate, init, merge, preview, schema, templates, train
+    from lora_sft.cli import chat, demo, evaluate, generate, init, merge, preview, schema, templates, train, validate
 
-    for module in (demo, init, preview, train, evaluate, chat, generate, merge, templates, schema):
+    for module in (demo, init, validate, preview, train, evaluate, chat, generate, merge, templates, schema):
         commands.add_command(module.command)
 
 

@@ -20,6 +20,9 @@ from lora_sft.cli.options import json_option, model_options, print_json
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Conversations in one forward pass."
 )
 @click.option("--chat-template", default=None, help="A template's name or file. Unset: the model's own.")
+@click.option("--layout", default=None, help="How the rows are written. Unset: found out.")
+@click.option("--columns", default=None, help="What the data calls our columns: prompt=question,completion=answer.")
+@click.option("--roles", default=None, help="What the data calls our roles: bot=assistant.")
 @model_options
 @json_option
 def command(
@@ -29,6 +32,9 @@ def command(
     max_length: int,
     batch_size: int,
     chat_template: str | None,
+    layout: str | None,
+    columns: str | None,
+    roles: str | None,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -45,6 +51,9 @@ def command(
         device=device,
         trust_remote_code=trust_remote_code,
         chat_template=chat_template,
+        layout=layout,
+        columns=columns,
+        roles=roles,
     )
     if as_json:
         print_json(found)

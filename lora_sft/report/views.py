@@ -16,6 +16,7 @@ from lora_sft.chat.turns import HARMFUL
 from lora_sft.console import console, table_of
 from lora_sft.report.pieces import pieces_of
 from lora_sft.training.job import Job
+from lora_sft.training.validation import Report
 
 SUPERVISED = "bold green"
 SHADES = {True: ("black on green", "black on bright_green"), False: ("dim", "dim reverse")}
@@ -80,8 +81,9 @@ def _notes_table(job: Job) -> Table:
     """How many replies are not simply exact, and an example of each kind."""
     table = table_of("data", "status", "times", "for example")
     for name, prepared in (("train", job.train), ("evaluation", job.evaluation)):
-        for status, lines in prepared.noted.items() if prepared is not None else ():
-            table.add_row(name, status, f"{len(lines):,}", Text(lines[0]))
+        for status, count in (prepared.noted if prepared else {}).items():
+            example = prepared.examples_of[status][0] if prepared else ""
+            table.add_row(name, status, f"{count:,}", Text(example))
     return table
 
 
@@ -102,6 +104,37 @@ def findings_view(title: str, findings: Sequence[Finding]) -> RenderableType:
         table.add_row(finding.scenario, Text(finding.status, colours.get(finding.status, "yellow")), Text(words))
     counts = Counter(finding.status for finding in findings)
     return Group(table, Text(", ".join(f"{count} {status}" for status, count in counts.most_common())))
+
+
+def report_view(report: Report, limit: int) -> RenderableType:
+    """What `validate` found: problems first, then the numbers."""
+    parts: list[RenderableType] = []
+    if report.problems:
+        problems = table_of("where", "what", "what to do")
+        for problem in report.problems[:limit]:
+            where = f"{problem.source}: {problem.field}" if problem.field else problem.source
+            style = "red" if problem.is_grave else "yellow"
+            problems.add_row(Text(where), Text(problem.problem, style), Text(problem.fix))
+        parts.append(problems)
+        if (rest := len(report.problems) - limit) > 0:
+            parts.append(Text(f"… and {rest:,} more (--limit, --json)"))
+    if spread := report.percentiles():
+        table = table_of("of a row", *(f"{p} %" for p in next(iter(spread.values()))))
+        for name, values in spread.items():
+            table.add_row(name, *(f"{value:,}" for value in values.values()))
+        parts.append(table)
+    if report.lengths:
+        total = sum(report.lengths)
+        table = table_of("tokens", "count", "share")
+        for name, count in [*report.tokens.most_common(), ("learned", sum(report.supervised)), ("all", total)]:
+            table.add_row(name, f"{count:,}", f"{count / total:.1%}")
+        parts.append(table)
+    layouts = ", ".join(f"{count:,} {name}" for name, count in report.layouts.items())
+    counts = f"{report.rows:,} rows ({layouts or 'none usable'}): {report.usable:,} can be trained on"
+    parts.append(
+        Text(f"{counts}; {report.grave:,} problems, {report.duplicates:,} repeated, {report.too_long:,} too long")
+    )
+    return Group(*parts)
 
 
 def measures_view(found: dict[str, Any]) -> RenderableType:

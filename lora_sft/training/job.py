@@ -3,28 +3,25 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_sft.chat.turns import REWRITTEN
 from lora_sft.config import RunConfig
-from lora_sft.console import say, warn
-from lora_sft.data.conversation import Conversation
-from lora_sft.data.formats import to_conversations
-from lora_sft.data.sources import read_rows
-from lora_sft.data.split import split_off
+from lora_sft.console import say
+from lora_sft.data.intake import Intake
 from lora_sft.errors import DataError, ModelError
 from lora_sft.model.adapter import attach, check_targets, count_parameters, lora_config
 from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, name_base, read_config, skeleton
 from lora_sft.model.device import choose_device
 from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
-from lora_sft.training.preparation import NO_REPLY, Prepared, prepare, some
+from lora_sft.training.batching import Batching, BatchPlan, plan_batches
+from lora_sft.training.dataset import read_data
+from lora_sft.training.preparation import Prepared
 from lora_sft.training.trainer import training_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-
-ADVICE = {REWRITTEN: " (turns: each learns every reply as it is produced)"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class Job:
         lora: the adapter, checked against the model's shape.
         arguments: the trainer's.
         trained_parameters: how many there will be; 0 if the model was given loaded.
+        intake: the account of the rows that were read.
+        batching: how micro-batches are made.
     """
 
     config: RunConfig
@@ -49,15 +48,27 @@ class Job:
     lora: "LoraConfig"
     arguments: "TrainingArguments"
     trained_parameters: int
+    intake: Intake
+    batching: Batching
+
+    @cached_property
+    def plan(self) -> BatchPlan:
+        """The micro-batches of the first epoch; every epoch has as many."""
+        return plan_batches(self.train.examples.lengths, self.batching)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         if self.config.max_steps > 0:
             return self.config.max_steps
-        micro_batch = self.config.per_device_train_batch_size * int(self.arguments.world_size)
-        batches = math.ceil(len(self.train.examples) / micro_batch)
-        return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
+        steps = self.plan.steps_of_an_epoch(self.config.gradient_accumulation_steps)
+        return math.ceil(self.config.num_train_epochs * steps)
+
+    def begin_warmup(self) -> None:
+        """Sets the warm-up of the trainer's arguments, of as many steps as there are."""
+        if self.config.warmup_steps is None:
+            # Rounded down: the first step of a warm-up has a learning rate of 0, and a short run has none to spare.
+            self.arguments.warmup_steps = int(self.config.warmup_ratio * self.total_steps)
 
     @property
     def output_bytes(self) -> int:
@@ -88,10 +99,10 @@ def make_job(
         speech = _speech(config, tokenizer, model.generation_config)
     lora = lora_config(config, speech.new_token_ids, shape)
     trained = _rehearse(lora, shape, speech) if model is None else 0
-    kept, held_out = _conversations(config, dataset, eval_dataset)
-    train, evaluation = _prepare(kept, speech, config), _prepare(held_out, speech, config) if held_out else None
+    data = read_data(config, speech, dataset, eval_dataset)
+    train, evaluation = data.train, data.evaluation
     _check_positions(shape, [train, evaluation] if evaluation else [train])
-    arguments = training_arguments(config, spec.device, spec.dtype, bool(held_out))
+    arguments = training_arguments(config, spec.device, spec.dtype, evaluation is not None)
     job = Job(
         config,
         spec,
@@ -101,10 +112,10 @@ def make_job(
         lora,
         arguments,
         trained,
+        data.intake,
+        Batching.of(config, int(arguments.world_size)),
     )
-    if config.warmup_steps is None:
-        # Rounded down: the first step of a warm-up has a learning rate of 0, and a short run has none to spare.
-        arguments.warmup_steps = int(config.warmup_ratio * job.total_steps)
+    job.begin_warmup()
     return job
 
 
@@ -178,50 +189,9 @@ def spec_of(model: "PreTrainedModel", config: RunConfig) -> BaseSpec:
     )
 
 
-def _conversations(config: RunConfig, dataset: Any, eval_dataset: Any) -> tuple[list[Conversation], list[Conversation]]:
-    source = config.dataset if dataset is None else dataset
-    if source is None:
-        raise DataError("no data: give conversations with dataset (--dataset), a file, a folder or a hub name")
-    conversations = to_conversations(read_rows(source, config.dataset_split))
-    if (aside := config.eval_dataset if eval_dataset is None else eval_dataset) is not None:
-        split = config.eval_dataset_split or config.dataset_split
-        same = aside is source or (isinstance(aside, str) and aside == source)
-        if same and split == config.dataset_split:
-            raise DataError("eval_dataset is the dataset that is trained on; use eval_size to keep a part of it out")
-        return conversations, to_conversations(read_rows(aside, split))
-    return split_off(conversations, config.eval_size, config.seed) if config.eval_size else (conversations, [])
-
-
 def _check_positions(shape: "PreTrainedModel", prepared: Sequence[Prepared]) -> None:
     """No example may be longer than the model has positions."""
     positions = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(example.input_ids) for part in prepared for example in part.examples)
+    longest = max(part.longest for part in prepared)
     if positions and longest > positions:
         raise DataError(f"the longest example has {longest} tokens, the model {positions} positions; lower max_length")
-
-
-def _prepare(conversations: Sequence[Conversation], speech: Speech, config: RunConfig) -> Prepared:
-    found = prepare(
-        conversations,
-        speech,
-        config.max_length,
-        config.truncation,
-        config.chat_template_kwargs,
-        config.turns,
-        config.append_stop_token,
-        config.allow,
-        config.dataset_num_proc,
-    )
-    if found.too_long:
-        warn(f"{some(found.too_long)} longer than max_length {config.max_length} and dropped")
-    if found.without_reply:
-        warn(f"{some(found.without_reply)} without a supervised token and dropped")
-    for status, lines in found.noted.items():
-        if status != NO_REPLY:
-            advice = ADVICE.get(status, "") if config.turns == "all" else ""
-            warn(f"{status}: {len(lines)} of {found.replies} replies; {lines[0]}{advice}")
-    if found.split:
-        warn(f"{found.split} of {found.replies} replies begin inside a token; it is split there, as in inference")
-    if found.cut:
-        warn(f"{found.cut} rows lost their end, and with it the stop token (truncation: cut)")
-    return found

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lora_sft.training.job import Job
 from lora_sft.training.output import METRICS, SETTINGS, OutputFolder
 from lora_sft.training.progress import Listener, MetricsFile
 from lora_sft.training.saving import Start, save_adapter
-from lora_sft.training.trainer import Seen, Trainer, build_trainer
+from lora_sft.training.trainer import Seen, Trainer, build_trainer, choose_batching
 
 ROWS_FOR_START = 32
 """Conversations that the EVA start looks at."""
@@ -72,10 +72,20 @@ def train(job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[
     try:
         model = _model(job, given_model)
         say("trained", describe_trained(model))
+        job = _settle_batches(job, model)
+        _check_unfinished(job, checkpoint)
         with Start(model, job.config.start_changes_base) as start:
             held_out = job.evaluation.examples if job.evaluation else []
             trainer = build_trainer(
-                model, job.speech, job.train.examples, held_out, job.config, job.arguments, everyone
+                model,
+                job.speech,
+                job.train.examples,
+                held_out,
+                job.config,
+                job.arguments,
+                everyone,
+                job.train.examples.lengths,
+                job.batching,
             )
             _begin(job, folder, trainer, metrics, checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -159,11 +169,27 @@ def find_checkpoint(job: Job, folder: OutputFolder) -> Path | None:
         found = Path(str(wanted)).expanduser()
         if not (found / "trainer_state.json").is_file():
             raise OutputError(f"resume_from_checkpoint: {found} is no checkpoint (no trainer_state.json in it)")
-    if step_of(found) >= job.total_steps:
-        raise OutputError(f"resume_from_checkpoint: {found} is at step {step_of(found)} of {job.total_steps}: finished")
+    if not job.batching.packing:  # else the model tells whether it can be packed, and so how many steps there are
+        _check_unfinished(job, found)
     _check_settings(job, found.parent / SETTINGS)
     say("resume", f"from {found}")
     return found
+
+
+def _check_unfinished(job: Job, checkpoint: Path | None) -> None:
+    if checkpoint is not None and step_of(checkpoint) >= job.total_steps:
+        where = f"{checkpoint} is at step {step_of(checkpoint)} of {job.total_steps}"
+        raise OutputError(f"resume_from_checkpoint: {where}: finished")
+
+
+def _settle_batches(job: Job, model: Any) -> Job:
+    """The job with micro-batches that are right for this model: packed only where documents cannot see each other."""
+    batching = choose_batching(model, job.config, job.arguments)
+    if batching != job.batching:
+        job = replace(job, batching=batching)
+        job.begin_warmup()
+    say("batches", job.plan.describe())
+    return job
 
 
 def step_of(checkpoint: Path) -> int:

@@ -6,12 +6,14 @@ import json
 import platform
 import tempfile
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_sft.chat.labels import Example
 from lora_sft.model.device import device_name
 from lora_sft.training.job import Job
 from lora_sft.training.output import OutputFolder
@@ -87,16 +89,21 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
             "config_sha256": _sha256(model.config.to_json_string()),
         },
         "data": {
-            "sha256": _sha256(json.dumps([[example.input_ids, example.labels] for example in data.examples])),
+            "sha256": hash_of(data.examples),
             "examples": len(data.examples),
             "tokens": data.tokens,
             "supervised_tokens": data.supervised_tokens,
             "dropped_too_long": len(data.too_long),
             "dropped_without_reply": len(data.without_reply),
             "cut": data.cut,
+            "tokens_cut": data.tokens_cut,
+            "tokens_dropped": data.tokens_dropped,
+            "rows": job.intake.rows,
+            "bad_rows": job.intake.grave,
+            "duplicates": job.intake.duplicates,
             "replies": data.replies,
             "split_tokens": data.split,
-            "noted": {status: len(lines) for status, lines in data.noted.items()},
+            "noted": data.noted,
             "evaluation_examples": len(job.evaluation.examples) if job.evaluation else 0,
         },
         "chat_template_kwargs": job.config.chat_template_kwargs,
@@ -111,6 +118,14 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
             "platform": platform.platform(),
         },
     }
+
+
+def hash_of(examples: Iterable[Example]) -> str:
+    """A hash of the tokens and labels of examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.input_ids, example.labels]).encode())
+    return digest.hexdigest()
 
 
 def commit_of(model: Any) -> str | None:
