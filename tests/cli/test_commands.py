@@ -226,3 +226,38 @@ def test_a_preview_page_shows_every_token_with_its_id(base, tmp_path, capsys):
         (token, label != -100) for row in rows for token, label in zip(row["input_ids"], row["labels"], strict=True)
     ]
     assert "http" not in page.partition("<section>")[0]  # nothing is fetched
+
+
+def test_validate_tells_every_problem_and_the_exit_code_too(base, tmp_path, capsys):
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    bad = {"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]}
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, [good, bad, good])))
+    words = ["validate", "--dataset", tmp_path / "d.jsonl", "--model", base]
+    code, out, _ = run(capsys, *words, "--json")
+    found = json.loads(out)
+    assert (code, found["rows"], found["usable"], found["duplicates"]) == (2, 3, 2, 1)
+    first = found["problems"][0]
+    assert (first["source"], first["field"], first["problem"]) == (
+        "d.jsonl:2",
+        "messages[1].role",
+        '"bot" is not a role',
+    )
+    assert found["tokens"]["total"] == sum(found["tokens"]["by_role"].values())
+    code, out, _ = run(capsys, *words)
+    assert '"bot" is not a role' in out
+    assert "3 rows (2 messages): 2 can be trained on; 1 problems, 1 repeated, 0 too long" in out
+    assert run(capsys, *words, "--roles", "bot=assistant")[0] == 0
+
+
+def test_rows_that_are_left_out_are_kept_beside_the_adapter(base, tmp_path, capsys):
+    lines = [HARBOUR.read_text(encoding="utf-8").strip(), "{", ""]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    words = ["train", "--model", base, "--dataset", tmp_path / "d.jsonl", "--output-dir", tmp_path / "a", *QUICK]
+    code, _, err = run(capsys, *words)
+    assert (code, (tmp_path / "a").exists()) == (2, False)
+    assert "d.jsonl:29: no valid JSON at column 2" in err
+    code, _, err = run(capsys, *words, "--on-bad-row", "skip")
+    assert code == 0
+    assert "1 of 29 rows cannot be trained on and are left out; d.jsonl:29" in err
+    (line,) = (tmp_path / "a" / "bad_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["source"] == "d.jsonl:29"
