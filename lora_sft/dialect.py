@@ -90,18 +90,34 @@ _DTYPES = {
 _FLASH = {"attn_implementation": "flash_attention_2"}
 
 
+# Axolotl's types of datasets → our layouts; None is found out.
+_LAYOUTS = {None: None, "chat_template": None, "sharegpt": "sharegpt", "alpaca": "alpaca", "completion": "text"}
+
+
 def _dataset_list(value: Any) -> Settings:
     """Axolotl's `datasets: [{path: …, type: chat_template}]`."""
-    entry = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if isinstance(entry, str):
-        return {"dataset": entry}
+    entries = [{"path": entry} if isinstance(entry, str) else entry for entry in _as_list(value)]
+    sources = [_source(entry) for entry in entries]
+    is_a_name = len(sources) == 1 and set(sources[0]) == {"path"}
+    return {"dataset": sources[0]["path"] if is_a_name else sources}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _source(entry: Any) -> Settings:
     if not isinstance(entry, dict) or "path" not in entry:
-        raise SettingError("give one entry with a path; several datasets cannot be mixed yet")
+        raise SettingError("an entry has a path")
     unknown = set(entry) - {"path", "type", "split"}
     if unknown:
         raise SettingError(f"{', '.join(sorted(unknown))} has no counterpart here; remove it")
-    found = {"dataset": entry["path"]}
-    return found | ({"dataset_split": entry["split"]} if "split" in entry else {})
+    kind = entry.get("type")
+    if not isinstance(kind, (str, type(None))) or kind not in _LAYOUTS:
+        known = ", ".join(str(name) for name in _LAYOUTS if name)
+        raise SettingError(f"type {kind!r} is not something we read (accepted: {known}); name the columns with columns")
+    wishes = {"path": entry["path"], "split": entry.get("split"), "layout": _LAYOUTS[kind]}
+    return {name: wish for name, wish in wishes.items() if wish is not None}
 
 
 # A new name of another trainer that means more than a renaming: one line here.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lora_sft.config import RunConfig, other_names, sections
 from lora_sft.console import say
@@ -258,7 +258,7 @@ def to_yaml(config: RunConfig, *notes: str) -> str:
     lines = [f"# {note}" for note in notes]
     for title, fields in sections():
         lines += ["", f"# {title}"]
-        lines += [_line(name, getattr(config, name)) for name in fields]
+        lines += [_line(name, _plain(getattr(config, name))) for name in fields]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -278,6 +278,13 @@ FIRST_NEEDED = {
     "dataset": "dataset: conversations.jsonl",
     "output_dir": "output_dir: runs/first",
 }
+
+
+def _plain(value: Any) -> Any:
+    """A value as it stands in a file; of a source what was said of it."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
 
 
 def _line(name: str, value: Any) -> str:

@@ -267,3 +267,18 @@ def test_every_setting_is_in_the_schema_with_its_help():
 def test_the_names_of_training_arguments_are_found_without_importing_torch():
     code = "import sys, lora_sft.settings as s; s.resolve({'adam_beta1': 1}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_several_sources_are_written_as_they_were_given():
+    source = {"path": "b.csv", "weight": 2.0, "columns": {"prompt": "q"}}
+    config = resolve({"dataset": ["a.jsonl", source]})
+    assert resolve(yaml.safe_load(to_yaml(config))) == config
+    assert "dataset: [a.jsonl, {path: b.csv, columns: {prompt: q}, weight: 2.0}]" in to_yaml(config)
+
+
+def test_axolotls_list_of_datasets_is_ours():
+    theirs = [{"path": "a.jsonl", "type": "alpaca"}, {"path": "b/c", "split": "test", "type": "chat_template"}]
+    ours = [{"path": "a.jsonl", "layout": "alpaca"}, {"path": "b/c", "split": "test"}]
+    assert resolve({"datasets": theirs}) == resolve({"dataset": ours})
+    with pytest.raises(SettingError, match="type 'pygmalion' is not something we read"):
+        resolve({"datasets": [{"path": "a.jsonl", "type": "pygmalion"}]})

@@ -29,8 +29,8 @@ class Intake:
     Attributes:
         rows: how many were read.
         usable: how many of them are conversations that can be trained on.
-        problems: what is wrong with the others, and what should be known of these; the first KEPT of each kind.
-        counts: {(grave, problem)}: how often each was met.
+        problems: what is wrong with the others, and what should be known of these; the first KEPT.
+        grave: how many rows cannot be trained on.
         layouts: {name of a layout: rows}.
         bad: the rows that cannot be trained on, as they stand; at most KEPT.
         duplicates: how many rows say the same as one before.
@@ -58,11 +58,11 @@ class Intake:
                 conversation = to_conversation(row, reading)
                 found = check_conversation(conversation)
             except RowError as error:
-                self._note(error.problem, row)
-                continue
+                found = [error.problem]
             for problem in found:
                 self._note(problem, row if problem.is_grave else None)
             if any(problem.is_grave for problem in found):
+                self.grave += 1
                 continue
             self.usable += 1
             self.layouts[conversation.layout] += 1
@@ -70,7 +70,6 @@ class Intake:
             yield conversation
 
     def _note(self, problem: Problem, row: Row | None) -> None:
-        self.grave += problem.is_grave
         if len(self.problems) < self.KEPT:
             self.problems.append(problem)
             if row is not None:
