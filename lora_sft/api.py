@@ -1,7 +1,7 @@
 """The public verbs. Each one orchestrates stages and decides nothing itself."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,4 +268,8 @@ def preview(
     options = (resolved.chat_template_kwargs, resolved.turns, resolved.append_stop_token)
     for conversation in conversations_of(sources, Intake(), resolved.on_bad_row):
         for text in render_conversation(conversation, speech, *options):
-            yield look_at(text, speech.tokenizer, conversation.source)
+            shown = look_at(text, speech.tokenizer, conversation.source)
+            if len(shown.example.input_ids) > resolved.max_length:
+                over = f"longer than max_length {resolved.max_length}: truncation is {resolved.truncation}"
+                shown = replace(shown, warning=over)
+            yield shown

@@ -86,12 +86,14 @@ class Preview:
         rendered: its text, and what of it must be produced.
         example: its tokens and labels.
         tokens: where each token stands in the text.
+        warning: what happens to it in training, if not all of it is learned.
     """
 
     source: str
     rendered: Rendered
     example: Example
     tokens: Tokens
+    warning: str = ""
 
 
 def look_at(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", source: str) -> Preview:

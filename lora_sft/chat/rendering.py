@@ -149,6 +149,8 @@ class _Rendering:
         append_stop_token: bool,
         template_variables: Mapping[str, Any],
     ) -> None:
+        if isinstance(tokenizer, str) or not all(isinstance(message, Mapping) for message in messages):
+            raise TypeError("render takes a list of messages {role, content} and a loaded tokenizer, no names")
         self.messages, self.tokenizer = messages, tokenizer
         self._arguments = (tools, chat_template, stop_tokens, append_stop_token, template_variables)
         self.append_stop_token = append_stop_token

@@ -48,6 +48,7 @@ def command(words: tuple[str, ...], limit: int | None, html: Path | None, as_jso
                 "input_ids": one.example.input_ids,
                 "labels": one.example.labels,
                 "notes": [note._asdict() for note in one.rendered.notes],
+                "warning": one.warning,
             }
             click.echo(json.dumps(record, ensure_ascii=False))
         else:

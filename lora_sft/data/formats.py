@@ -64,12 +64,14 @@ class Layout:
     Attributes:
         name: for the setting `layout`.
         columns: what a row of it has.
+        others: what it may have.
         convert: (row, its place, how to read it) → Conversation.
     """
 
     name: str
     columns: tuple[str, ...]
     convert: Callable[[dict[str, Any], Place, Reading], Conversation]
+    others: tuple[str, ...] = ("system", "tools", "functions")
 
     def fits(self, value: Mapping[str, Any]) -> bool:
         """Whether a row has its columns."""
@@ -118,6 +120,13 @@ def to_conversation(row: Row, reading: Reading | None = None) -> Conversation:
     raise place.wrong(f"has no known layout: {_keys(value)}", f"{_accepted()}; or name its columns: {_columns(value)}")
 
 
+def unused_columns(value: Mapping[str, Any], layout: str, reading: Reading | None = None) -> list[str]:
+    """The columns of a row of that layout of which nothing was made."""
+    found = next(one for one in LAYOUTS if one.name == layout)
+    renamed = reading.columns.values() if reading else ()
+    return [str(name) for name in value if name not in (*found.columns, *found.others, *renamed)]
+
+
 def _columns(value: Mapping[str, Any]) -> str:
     """A guess at what the setting `columns` might say."""
     texts = [str(name) for name, item in value.items() if isinstance(item, str)]
@@ -157,7 +166,9 @@ def _from_messages(value: dict[str, Any], place: Place, reading: Reading) -> Con
         _message(message, here.at(f"[{index}]"), reading)
         for index, message in enumerate(_list(_json(value["messages"], here), here))
     ]
-    return Conversation(_system(value, place) + messages, _tools(value.get("tools"), place), place.source)
+    return Conversation(
+        _system(value, place) + messages, _tools(value.get("tools") or value.get("functions"), place), place.source
+    )
 
 
 # ShareGPT's names of the speakers, and those of its many copies → roles.
@@ -192,7 +203,7 @@ def _from_sharegpt(value: dict[str, Any], place: Place, reading: Reading) -> Con
             calls = calls if isinstance(calls, list) else [calls]
             message |= {"content": "", "tool_calls": [_tool_call(call, where.at(".value")) for call in calls]}
         messages.append(message | _whether_learned(dict(turn), where))
-    return Conversation(messages, _tools(value.get("tools"), place), place.source)
+    return Conversation(messages, _tools(value.get("tools") or value.get("functions"), place), place.source)
 
 
 def _from_alpaca(value: dict[str, Any], place: Place, reading: Reading) -> Conversation:
@@ -212,7 +223,7 @@ def _from_alpaca(value: dict[str, Any], place: Place, reading: Reading) -> Conve
         question += "\n\n" + _text(value["input"], place.at(".input"))
     answer = _text(value["output"], place.at(".output"))
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Conversation(messages, _tools(value.get("tools"), place), place.source)
+    return Conversation(messages, _tools(value.get("tools") or value.get("functions"), place), place.source)
 
 
 def _from_prompt_completion(value: dict[str, Any], place: Place, reading: Reading) -> Conversation:
@@ -228,7 +239,7 @@ def _from_prompt_completion(value: dict[str, Any], place: Place, reading: Readin
         messages += [_message(m, place.at(f".completion[{index}]"), reading) for index, m in enumerate(completion)]
     else:
         messages.append({"role": "assistant", "content": _text(completion, place.at(".completion"))})
-    return Conversation(messages, _tools(value.get("tools"), place), place.source)
+    return Conversation(messages, _tools(value.get("tools") or value.get("functions"), place), place.source)
 
 
 def _from_tokens(value: dict[str, Any], place: Place, reading: Reading) -> Conversation:
@@ -256,10 +267,10 @@ def _from_text(value: dict[str, Any], place: Place, reading: Reading) -> Convers
 LAYOUTS = (
     Layout("messages", ("messages",), _from_messages),
     Layout("sharegpt", ("conversations",), _from_sharegpt),
-    Layout("alpaca", ("instruction", "output"), _from_alpaca),
+    Layout("alpaca", ("instruction", "output"), _from_alpaca, ("input", "history", "system", "tools", "functions")),
     Layout("prompt-completion", ("prompt", "completion"), _from_prompt_completion),
-    Layout("tokens", ("input_ids",), _from_tokens),
-    Layout("text", ("text",), _from_text),
+    Layout("tokens", ("input_ids",), _from_tokens, ("labels", "attention_mask")),
+    Layout("text", ("text",), _from_text, ()),
 )
 COLUMNS = (
     *dict.fromkeys(c for layout in LAYOUTS for c in layout.columns),
@@ -316,7 +327,7 @@ def _message(message: Any, place: Place, reading: Reading) -> Message:
 
 def _whether_learned(message: Message, place: Place) -> Message:
     """`weight: 0` and `train: false` mark a reply that is not learned; there is nothing between yes and no."""
-    wishes = [message.pop(key) for key in ("weight", "train", "training") if message.get(key) is not None]
+    wishes = [message.pop(key) for key in ("weight", "train", "training", "loss") if message.get(key) is not None]
     if any(not isinstance(wish, (bool, int, float)) or wish not in (0, 1) for wish in wishes):
         raise place.wrong(f"weight or train is {wishes[0]!r}", "a reply is learned (1, true) or not (0, false)")
     return {"train": False} if any(wish == 0 for wish in wishes) else {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_sft.data.checks import check_conversation
 from lora_sft.data.conversation import Conversation
-from lora_sft.data.formats import Reading, to_conversation
+from lora_sft.data.formats import Reading, to_conversation, unused_columns
 from lora_sft.data.problems import Problem, RowError
 from lora_sft.data.sources import Row
 from lora_sft.errors import DataError
@@ -32,6 +32,7 @@ class Intake:
         problems: what is wrong with the others, and what should be known of these; the first KEPT.
         grave: how many rows cannot be trained on.
         layouts: {name of a layout: rows}.
+        unused: {column that nothing was made of: rows that have it}.
         bad: the rows that cannot be trained on, as they stand; at most KEPT.
         duplicates: how many rows say the same as one before.
         names_repetitions: whether each of those is noted, which takes memory for every row.
@@ -44,6 +45,7 @@ class Intake:
     problems: list[Problem] = field(default_factory=list)
     grave: int = 0
     layouts: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[Problem, Any]] = field(default_factory=list)
     duplicates: int = 0
     names_repetitions: bool = False
@@ -66,6 +68,7 @@ class Intake:
                 continue
             self.usable += 1
             self.layouts[conversation.layout] += 1
+            self.unused.update(unused_columns(row.value, conversation.layout, reading))
             self._remember(conversation)
             yield conversation
 
@@ -106,7 +109,9 @@ class Intake:
             }
             for problem, row in self.bad
         )
-        return "".join(json.dumps(line, default=str) + "\n" for line in lines)
+        # NaN and infinity are no JSON; they are written as text.
+        plain = (json.loads(json.dumps(line, default=str), parse_constant=str) for line in lines)
+        return "".join(json.dumps(line) + "\n" for line in plain)
 
     def refuse(self) -> None:
         """Raises if there were rows that cannot be trained on.
@@ -114,10 +119,11 @@ class Intake:
         Raises:
             DataError: the first of them, and how many there are.
         """
-        grave = [problem for problem in self.problems if problem.is_grave]
+        grave = [f"- {problem}" for problem in self.problems if problem.is_grave]
         if grave:
-            rest = [f"… and {self.grave - SHOWN:,} more"] if self.grave > SHOWN else []
-            advice = ["on_bad_row: skip leaves such rows out, counts them and writes them to bad_rows.jsonl"]
-            raise DataError.of([*map(str, grave[:SHOWN]), *rest, *advice])
+            rest = [f"- … and {len(grave) - SHOWN:,} more"] if len(grave) > SHOWN else []
+            head = f"{self.grave:,} of {self.rows:,} rows cannot be trained on:"
+            advice = "on_bad_row: skip leaves them out, counts them and writes them to bad_rows.jsonl"
+            raise DataError("\n".join([head, *grave[:SHOWN], *rest, advice]))
         if not self.rows:
             raise DataError("the dataset is empty: there is nothing to learn from")

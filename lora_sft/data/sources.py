@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,11 +133,11 @@ def _parsed(text: str, source: str) -> Row:
     try:
         return Row(json.loads(text), source)
     except json.JSONDecodeError as error:
-        return Row(None, source, Problem(source, "", f"no valid JSON at column {error.colno}: {error.msg}", ONE_A_LINE))
+        return Row(text, source, Problem(source, "", f"no valid JSON at column {error.colno}: {error.msg}", ONE_A_LINE))
     except RecursionError:
-        return Row(None, source, Problem(source, "", "is nested too deeply", "flatten it"))
+        return Row(text, source, Problem(source, "", "is nested too deeply", "flatten it"))
     except ValueError as error:  # a number of over 4,300 digits
-        return Row(None, source, Problem(source, "", f"no valid JSON: {error}", ONE_A_LINE))
+        return Row(text, source, Problem(source, "", f"no valid JSON: {error}", ONE_A_LINE))
 
 
 ONE_A_LINE = "a .jsonl file holds one JSON object a line"
@@ -189,7 +190,7 @@ def _behind_space(text: str, position: int) -> int:
 
 
 def _read_csv(stream: BinaryIO, shown: str) -> Iterator[Row]:
-    """Every value as the text in the file; a quoted one may hold line breaks."""
+    """Every value as the text in the file; a quoted one may hold line breaks. The header tells what separates them."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     number, problems = 0, []
 
@@ -201,7 +202,11 @@ def _read_csv(stream: BinaryIO, shown: str) -> Iterator[Row]:
                 problems.append(problem)
             yield line.decode("utf-8", "replace") if problem else text
 
-    reader = csv.reader(lines())
+    text = lines()
+    header = next(text, "")
+    if problems:
+        raise DataError(str(problems[0]))
+    reader = csv.reader(chain([header], text), delimiter=max(",;\t", key=header.count), strict=True)
     names: list[str] | None = None
     while True:
         begins, problems = number + 1, []
@@ -210,7 +215,9 @@ def _read_csv(stream: BinaryIO, shown: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(None, f"{shown}:{begins}", Problem(f"{shown}:{begins}", "", f"no valid CSV: {error}", ""))
+            source = f"{shown}:{begins}"
+            fix = "a value in quotes ends with a quote, and a quote in it is doubled"
+            yield Row(None, source, Problem(source, "", f"no valid CSV from here to line {number}: {error}", fix))
             continue
         if names is None:
             names = values

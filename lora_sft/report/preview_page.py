@@ -57,6 +57,7 @@ def _section(preview: Preview) -> str:
         f'<div class="note">reply {note.turn + 1}: {escape(note.status)}: {escape(note.words)}</div>'
         for note in preview.rendered.notes
     )
+    notes += f'<div class="note">{escape(preview.warning)}</div>' if preview.warning else ""
     return (
         f"<section><header><h2>{escape(preview.source)}</h2><small>{learned:,} of {tokens:,} tokens learned</small>"
         f'</header><div class="bar"><i style="width:{100 * learned / max(1, tokens):.1f}%"></i></div>{notes}'

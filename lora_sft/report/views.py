@@ -27,6 +27,7 @@ def tokens_view(preview: Preview) -> RenderableType:
     """A previewed conversation, token by token on a terminal: neighbours differ in shade, what is learned is green."""
     example, rendered = preview.example, preview.rendered
     notes = [Text(f"reply {note.turn + 1}: {note.status}: {note.words}", "yellow") for note in rendered.notes]
+    notes += [Text(preview.warning, "yellow")] if preview.warning else []
     if not console(results=True).is_terminal:
         view = conversation_view(rendered, preview.source, example.supervised_tokens, len(example.input_ids))
         return Group(view, *notes)
@@ -55,7 +56,7 @@ def conversation_view(rendered: Rendered, title: str, supervised_tokens: int, to
 
 def data_view(job: Job) -> RenderableType:
     """The first example and the counts of the data."""
-    table = table_of("data", "examples", "tokens", "learned", "dropped: too long", "dropped: no reply", "cut")
+    table = table_of("data", "examples", "tokens", "learned", "dropped: too long", "dropped: no reply", "rows cut")
     for name, prepared in (("train", job.train), ("evaluation", job.evaluation)):
         if prepared is not None:
             counts = (
@@ -70,10 +71,8 @@ def data_view(job: Job) -> RenderableType:
     parts: list[RenderableType] = [table]
     if any(prepared is not None and prepared.noted for prepared in (job.train, job.evaluation)):
         parts.append(_notes_table(job))
-    first = job.train.examples[0]
-    shown = conversation_view(
-        job.train.first, f"first conversation: {first.source}", first.supervised_tokens, len(first.input_ids)
-    )
+    first = job.train.first
+    shown = conversation_view(first.rendered, f"first conversation: {first.source}", first.learned, first.tokens)
     return Group(shown, *parts)
 
 

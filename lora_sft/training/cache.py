@@ -19,7 +19,7 @@ from lora_sft.data.intake import Intake
 from lora_sft.data.problems import Problem
 from lora_sft.data.sources import files_of
 from lora_sft.model.tokenizer import Speech
-from lora_sft.training.preparation import Prepared
+from lora_sft.training.preparation import First, Prepared
 from lora_sft.training.store import Examples, temporary_file
 
 KEPT = 20
@@ -140,7 +140,12 @@ def _write(folder: Path, made: Made) -> None:
     plain = {name: value for name, value in vars(prepared).items() if name not in ("examples", "first")}
     account = {name: value for name, value in vars(intake).items() if not name.startswith("_")}
     account |= {"problems": [asdict(problem) for problem in intake.problems], "bad": [_row(bad) for bad in intake.bad]}
-    document = {"prepared": plain, "first": asdict(prepared.first), "intake": account, "ends": ends}
+    document = {
+        "prepared": plain,
+        "first": {**prepared.first._asdict(), "rendered": asdict(prepared.first.rendered)},
+        "intake": account,
+        "ends": ends,
+    }
     (folder / "prepared.json").write_text(json.dumps(document, default=str), encoding="utf-8")
 
 
@@ -150,17 +155,19 @@ def _row(bad: tuple[Problem, Any]) -> list[Any]:
 
 def _read(folder: Path) -> Made:
     document = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    first = document["first"]
-    shown = Rendered(
+    first = document["first"]["rendered"]
+    rendered = Rendered(
         first["text"],
         [(start, end) for start, end in first["supervised"]],
         [Note(*note) for note in first["notes"]],
         [(start, end) for start, end in first["literal"]],
         first["replies"],
     )
+    shown = First(**{**document["first"], "rendered": rendered})
     account = document["intake"]
     intake = Intake(rows=account["rows"], usable=account["usable"], grave=account["grave"])
     intake.layouts.update(account["layouts"])
+    intake.unused.update(account["unused"])
     intake.duplicates = account["duplicates"]
     intake.problems = [Problem(**problem) for problem in account["problems"]]
     intake.bad = [(Problem(**problem), value) for problem, value in account["bad"]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from lora_sft.config import RunConfig, SourceSettings
 from lora_sft.console import say, warn
@@ -16,7 +17,7 @@ from lora_sft.data.intake import Intake
 from lora_sft.data.mixing import Share, describe, mix
 from lora_sft.data.sources import read_rows
 from lora_sft.data.split import split
-from lora_sft.errors import DataError
+from lora_sft.errors import DataError, SettingError
 from lora_sft.model.tokenizer import Speech
 from lora_sft.training.cache import cached
 from lora_sft.training.preparation import NO_REPLY, Prepared, prepare, some
@@ -110,7 +111,7 @@ def _source(given: Any, config: RunConfig, split: str) -> Source:
     if _is_weighted(given):
         given, own = given[0], SourceSettings(path="", weight=given[1])
     elif isinstance(given, dict) and "path" in given:
-        given = SourceSettings(**given)
+        given = _checked(given)
     if isinstance(given, SourceSettings):
         given, own = given.path, given
     reading = Reading(
@@ -120,6 +121,17 @@ def _source(given: Any, config: RunConfig, split: str) -> Source:
     )
     name = str(given) if isinstance(given, (str, Path)) else type(given).__name__
     return Source(given, name, own.split or split, reading, own.weight, own.count, own.fraction)
+
+
+def _checked(given: dict[str, Any]) -> SourceSettings:
+    try:
+        return SourceSettings(**given)
+    except ValidationError as error:
+        names = ", ".join(SourceSettings.model_fields)
+        wrong = [
+            f"dataset: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()} (known: {names})" for e in error.errors()
+        ]
+        raise SettingError.of(wrong) from None
 
 
 def conversations_of(
@@ -215,6 +227,8 @@ def _mixed(prepared: Prepared, sources: Sequence[Source], owners: NDArray[np.int
 def _tell(found: Prepared, intake: Intake, config: RunConfig) -> None:
     """What a person should know of the data, each kind once."""
     say("data", ", ".join(f"{count:,} rows of layout {name}" for name, count in intake.layouts.most_common()))
+    if intake.unused:
+        say("columns", "not used: " + ", ".join(f"{name} ({n:,} rows)" for name, n in intake.unused.most_common(8)))
     if intake.grave:
         first = next(problem for problem in intake.problems if problem.is_grave)
         warn(f"{intake.grave:,} of {intake.rows:,} rows cannot be trained on and are left out; {first}")
@@ -224,7 +238,10 @@ def _tell(found: Prepared, intake: Intake, config: RunConfig) -> None:
     if mild:
         warn(f"{len(mild):,} rows to look at; {mild[0]} (`lora-sft validate` shows all)")
     if found.too_long:
-        warn(f"{some(found.too_long)} longer than max_length {config.max_length} and dropped")
+        warn(
+            f"{some(found.too_long)} longer than max_length {config.max_length} and dropped, with "
+            f"{found.tokens_dropped:,} tokens that would be learned"
+        )
     if found.cut:
         lost = {"cut": "their end, and with it the stop token", "oldest": "their oldest turns"}
         what = lost.get(config.truncation, "their newest turns")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lora_sft.chat.labels import Example, encode_rendered
 from lora_sft.chat.rendering import Rendered, Turns, render_turns
@@ -33,6 +33,15 @@ HELP = {
 }
 
 
+class First(NamedTuple):
+    """The first conversation of the data as text, to be looked at; with its supervised tokens, and all of them."""
+
+    source: str
+    rendered: Rendered
+    learned: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Examples, and what became of the conversations and supervised tokens that are not among them.
@@ -42,7 +51,7 @@ class Prepared:
         too_long: sources of the rows dropped because they exceed `max_length`.
         without_reply: sources of the rows dropped because no supervised token is in them.
         cut: how many rows lost a part.
-        first: the first example as text, to be looked at.
+        first: the first conversation, to be looked at.
         replies: how many replies were found.
         noted: {status: how often} of what a person should know of replies, though they are learned as they stand.
         examples_of: {status: a few of them, a line each}.
@@ -55,7 +64,7 @@ class Prepared:
     too_long: list[str]
     without_reply: list[str]
     cut: int
-    first: Rendered
+    first: First
     replies: int = 0
     noted: dict[str, int] = field(default_factory=dict)
     examples_of: dict[str, list[str]] = field(default_factory=dict)
@@ -171,7 +180,7 @@ def prepare(
     counts: Counter[str] = Counter()
     too_long: list[str] = []
     without_reply: list[str] = []
-    first: Conversation | None = None
+    first: tuple[Conversation, Example] | None = None
     with ExampleWriter(path) as writer:
         for number, (conversation, outcome) in enumerate(_each(encoding, conversations, processes)):
             for status, line in outcome.notes:
@@ -191,7 +200,7 @@ def prepare(
                     if not outcome.is_cut:
                         noted.add(NO_REPLY, f"{conversation.source}: no reply is learned")
                     continue
-                first = first or conversation
+                first = first or (conversation, example)
                 writer.add(example, number, text_to_compare(conversation) if with_words else "")
     noted.refuse({status.replace("_", " ") for status in allow})
     if too_long and truncation == "error":
@@ -203,12 +212,13 @@ def prepare(
         gone = [f"{len(too_long)} too long for max_length {max_length}"] if too_long else []
         gone += [f"{len(without_reply)} without a supervised token"] if without_reply else []
         raise DataError("nothing is left to learn: " + (", ".join(gone) or "the dataset is empty"))
-    shown = Rendered("(tokens, no text)", []) if first.input_ids else rendering(first)[0]
+    conversation, example = first
+    shown = Rendered("(tokens, no text)", []) if conversation.input_ids else rendering(conversation)[0]
     return Prepared(
         Examples(path),
         too_long,
         without_reply,
-        first=shown,
+        first=First(conversation.source, shown, example.supervised_tokens, len(example.input_ids)),
         noted=dict(noted.counts),
         examples_of=noted.lines,
         **_plain(counts),

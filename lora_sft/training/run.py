@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from lora_sft.config import RunConfig
+from lora_sft.config import RunConfig, SourceSettings
 from lora_sft.console import is_main_process, say
 from lora_sft.errors import OutputError, RunError, SettingError
 from lora_sft.model.adapter import attach, describe_trained, set_dtype
@@ -127,8 +127,20 @@ def as_resolved(job: Job) -> RunConfig:
         "device": job.spec.device.partition(":")[0],
         "gradient_checkpointing": bool(job.arguments.gradient_checkpointing),
         "resume_from_checkpoint": None,
+        "dataset": _from_anywhere(job.config.dataset),
+        "eval_dataset": _from_anywhere(job.config.eval_dataset),
     }
     return job.config.model_copy(update=chosen)
+
+
+def _from_anywhere(dataset: Any) -> Any:
+    """Paths of data that hold in any folder; hub names stay what they are."""
+    if isinstance(dataset, list):
+        return [_from_anywhere(one) for one in dataset]
+    if isinstance(dataset, SourceSettings):
+        return dataset.model_copy(update={"path": _from_anywhere(dataset.path)})
+    is_here = isinstance(dataset, str) and Path(dataset).expanduser().exists()
+    return str(Path(dataset).expanduser().absolute()) if is_here else dataset
 
 
 def _model(job: Job, given_model: Any) -> Any:

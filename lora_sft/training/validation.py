@@ -99,9 +99,12 @@ def validate_conversations(
         report.messages.append(len(conversation.messages))
         report.roles.update(message["role"] for message in conversation.messages)
         found = _look_at(conversation, speech, config, report) if speech else []
-        report.usable += not any(problem.is_grave for problem in found)
+        is_dropped = config.truncation in ("drop", "error") and any("max_length" in p.problem for p in found)
+        report.usable += not is_dropped and not any(problem.is_grave for problem in found)
         more += found
     report.rows, report.layouts, report.duplicates = intake.rows, dict(intake.layouts), intake.duplicates
+    if not intake.rows:
+        more.append(Problem("dataset", "", "is empty", "there is nothing to learn from"))
     report.problems = sorted([*intake.problems, *more], key=lambda problem: not problem.is_grave)
     return report
 

@@ -81,6 +81,7 @@ def test_bad_rows_are_refused_together_with_what_to_do():
     with pytest.raises(DataError) as refused:
         intake.refuse()
     words = str(refused.value)
+    assert words.startswith("12 of 12 rows cannot be trained on:")
     assert words.count("is str, not an object") == 10
     assert "… and 2 more" in words
     assert "on_bad_row: skip" in words
@@ -89,3 +90,21 @@ def test_bad_rows_are_refused_together_with_what_to_do():
 def test_an_empty_dataset_is_refused():
     with pytest.raises(DataError, match="the dataset is empty"):
         Intake().refuse()
+
+
+def test_columns_of_which_nothing_is_made_are_counted():
+    intake = Intake()
+    given = [
+        {"messages": [USER, REPLY], "id": 1, "tools": None},
+        {"instruction": "q", "output": "a", "text": "t", "id": 2},
+    ]
+    list(intake.conversations(Row(value, "a:1") for value in given))
+    assert intake.unused == {"id": 2, "text": 1}
+
+
+def test_a_bad_row_is_kept_as_it_stands_and_as_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"broken": \n{"messages": [], "x": NaN}\n')
+    intake = Intake()
+    list(intake.conversations(read_rows(tmp_path / "a.jsonl")))
+    told = [json.loads(line, parse_constant=pytest.fail) for line in intake.bad_rows().splitlines()]
+    assert [line["row"] for line in told] == ['{"broken":', {"messages": [], "x": "NaN"}]

@@ -129,6 +129,25 @@ def test_a_csv_value_may_hold_line_breaks(tmp_path):
     ]
 
 
+def test_a_quote_that_is_never_closed_is_told_and_swallows_nothing_in_silence(tmp_path):
+    (tmp_path / "a.csv").write_text('x,y\n1,2\n3,"open\n5,6\n')
+    first, second = read_rows(tmp_path / "a.csv")
+    assert (first.value, first.problem) == ({"x": "1", "y": "2"}, None)
+    assert str(second.problem).startswith("a.csv:3: no valid CSV from here to line 4")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_the_header_of_a_csv_tells_what_separates_values(tmp_path, separator):
+    (tmp_path / "a.csv").write_text(f"x{separator}y\n1{separator}2\n")
+    assert [row.value for row in read_rows(tmp_path / "a.csv")] == [{"x": "1", "y": "2"}]
+
+
+def test_a_table_in_another_encoding_is_told(tmp_path):
+    (tmp_path / "a.csv").write_bytes("x,y\n1,2\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"a\.csv:1: is UTF-16; save the file as UTF-8"):
+        list(read_rows(tmp_path / "a.csv"))
+
+
 def test_compressed_files_are_read(tmp_path):
     lines = b'{"x": 1}\n{"x": 2}\n'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from lora_sft.config import RunConfig
-from lora_sft.errors import DataError
+from lora_sft.errors import DataError, SettingError
 from lora_sft.model.tokenizer import prepare_speech
 from lora_sft.settings import resolve
 from lora_sft.training import dataset as reading
@@ -131,3 +131,18 @@ def test_a_preparation_that_fails_leaves_nothing_in_the_cache(speech, tmp_path):
 def test_a_stream_is_read_once(speech):
     stream = datasets.Dataset.from_list(rows("a", 5)).to_iterable_dataset()
     assert len(read_data(settings(data_cache="auto"), speech, stream).train.examples) == 5
+
+
+def test_the_conversation_that_is_shown_is_the_one_that_is_named(speech, tmp_path):
+    for name, count in (("a", 9), ("b", 9)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows(name, count))))
+    given = [{"path": str(tmp_path / "a.jsonl"), "weight": 1}, {"path": str(tmp_path / "b.jsonl"), "weight": 2}]
+    first = read_data(settings(dataset=given), speech).train.first
+    assert first.source == "a.jsonl:1"
+    assert "a asks 0 of 0" in first.rendered.text
+    assert first.tokens == len(speech.tokenizer(first.rendered.text)["input_ids"])
+
+
+def test_a_wrong_wish_for_a_source_is_told(speech):
+    with pytest.raises(SettingError, match=r"dataset: wieght: extra inputs are not permitted \(known: path, split"):
+        read_data(settings(), speech, [{"path": "a.jsonl", "wieght": 3}])

@@ -37,6 +37,15 @@ def test_the_same_run_twice_is_bit_identical_and_run_yaml_gives_it_a_third_time(
     assert adapter_bytes(run.output_dir) == adapter_bytes(again.output_dir) == adapter_bytes(third.output_dir)
 
 
+def test_run_yaml_holds_in_another_folder(base, tmp_path, monkeypatch):
+    shutil.copy(HARBOUR, tmp_path / "data.jsonl")
+    here = finetune(base, "data.jsonl", output_dir="here", **FEW)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    there = finetune(config=here.output_dir / "run.yaml", output_dir="there", listeners=())
+    assert adapter_bytes(here.output_dir) == adapter_bytes(there.output_dir)
+
+
 def test_another_seed_is_another_adapter(run, base, tmp_path):
     other = finetune(
         base, HARBOUR, output_dir=tmp_path / "other", **FEW | {"max_steps": 5, "lora_dropout": 0.1, "seed": 1}
