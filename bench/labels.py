@@ -61,7 +61,7 @@ def main(rounds: int = 5) -> None:
     from lora_sft.data.conversation import Conversation
     from lora_sft.model.tiny import tiny_model, tiny_tokenizer, tokenizer_for
     from lora_sft.model.tokenizer import Speech
-    from lora_sft.training.preparation import prepare
+    from lora_sft.preparation.prepare import prepare
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

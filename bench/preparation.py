@@ -39,7 +39,7 @@ before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_co
 OURS = """
 from lora_sft.model.tokenizer import Speech
 from lora_sft.settings import resolve
-from lora_sft.training.dataset import read_data
+from lora_sft.preparation.dataset import read_data
 config = resolve({"dataset": str(folder / "rows.jsonl"), "data_cache": str(folder / "cache"), "max_length": 100000})
 examples = read_data(config, Speech(tokenizer, ["<|im_end|>"])).train.examples
 count = len(examples)

@@ -20,20 +20,20 @@ from lora_sft.model.generation import reply
 from lora_sft.model.loading import MANIFEST, load_model
 from lora_sft.model.tiny import tokenizer_for
 from lora_sft.model.tokenizer import prepare_speech
+from lora_sft.preparation.dataset import conversations_of, sources_of
+from lora_sft.preparation.prepare import prepare, render_conversation
+from lora_sft.preparation.validation import Report, validate_conversations
 from lora_sft.report.card import model_card
 from lora_sft.report.page import report_page
 from lora_sft.report.progress import LiveDisplay
 from lora_sft.report.views import data_view
 from lora_sft.settings import read_file, resolve
-from lora_sft.training.dataset import conversations_of, sources_of
 from lora_sft.training.evaluation import measure
 from lora_sft.training.job import load_speech, make_job
 from lora_sft.training.output import OutputFolder
-from lora_sft.training.preparation import prepare, render_conversation
 from lora_sft.training.progress import Listener
 from lora_sft.training.run import train
 from lora_sft.training.saving import make_manifest
-from lora_sft.training.validation import Report, validate_conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,6 +19,7 @@ FLOORS = [
     ["report"],
     ["export"],
     ["training"],
+    ["preparation"],
     ["model"],
     ["chat"],
     ["data"],

@@ -14,9 +14,9 @@ from lora_sft.chat.labels import Preview
 from lora_sft.chat.rendering import Rendered
 from lora_sft.chat.turns import HARMFUL
 from lora_sft.console import console, table_of
+from lora_sft.preparation.validation import Report
 from lora_sft.report.pieces import pieces_of
 from lora_sft.training.job import Job
-from lora_sft.training.validation import Report
 
 SUPERVISED = "bold green"
 SHADES = {True: ("black on green", "black on bright_green"), False: ("dim", "dim reverse")}

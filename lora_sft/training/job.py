@@ -14,9 +14,9 @@ from lora_sft.model.adapter import attach, check_targets, count_parameters, lora
 from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, name_base, read_config, skeleton
 from lora_sft.model.device import choose_device
 from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
+from lora_sft.preparation.dataset import read_data
+from lora_sft.preparation.prepare import Prepared
 from lora_sft.training.batching import Batching, BatchPlan, plan_batches
-from lora_sft.training.dataset import read_data
-from lora_sft.training.preparation import Prepared
 from lora_sft.training.trainer import training_arguments
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from lora_sft.data.intake import Intake
 from lora_sft.data.sources import Row, read_rows
 from lora_sft.errors import LoraSftError
 from lora_sft.model.tokenizer import Speech
-from lora_sft.training.preparation import render_conversation
+from lora_sft.preparation.prepare import render_conversation
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [None, "x"]}}}
 SEEDS: list[dict[str, Any]] = [

@@ -8,9 +8,9 @@ import pytest
 from lora_sft.config import RunConfig
 from lora_sft.errors import DataError, SettingError
 from lora_sft.model.tokenizer import prepare_speech
+from lora_sft.preparation import dataset as reading
+from lora_sft.preparation.dataset import read_data
 from lora_sft.settings import resolve
-from lora_sft.training import dataset as reading
-from lora_sft.training.dataset import read_data
 from tests.conftest import conversation
 
 

@@ -10,8 +10,8 @@ from lora_sft.data.conversation import Conversation
 from lora_sft.errors import DataError
 from lora_sft.model.tiny import tiny_tokenizer
 from lora_sft.model.tokenizer import prepare_speech
-from lora_sft.training.preparation import prepare
-from lora_sft.training.shortening import shortened
+from lora_sft.preparation.prepare import prepare
+from lora_sft.preparation.shortening import shortened
 
 SPEECH = prepare_speech(tiny_tokenizer(["so it is"], 300))
 STOP = SPEECH.tokenizer.eos_token_id

@@ -19,8 +19,8 @@ from lora_sft.data.intake import Intake
 from lora_sft.data.problems import Problem
 from lora_sft.data.sources import files_of
 from lora_sft.model.tokenizer import Speech
-from lora_sft.training.preparation import First, Prepared
-from lora_sft.training.store import Examples, temporary_file
+from lora_sft.preparation.prepare import First, Prepared
+from lora_sft.preparation.store import Examples, temporary_file
 
 KEPT = 20
 """So many prepared datasets are kept; the one that was not used for longest goes first."""
@@ -124,7 +124,7 @@ def _code_identity() -> str:
     """A hash of the code that makes examples of rows: another version may make others."""
     package = Path(__file__).parents[1]
     files = [*sorted((package / "chat").glob("*.py")), *sorted((package / "data").glob("*.py"))]
-    files += [package / "training" / name for name in ("preparation.py", "shortening.py", "store.py")]
+    files += sorted((package / "preparation").glob("*.py"))
     return _hash([file.read_text(encoding="utf-8") for file in files])
 
 

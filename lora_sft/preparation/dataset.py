@@ -19,9 +19,9 @@ from lora_sft.data.sources import read_rows
 from lora_sft.data.split import split
 from lora_sft.errors import DataError, SettingError
 from lora_sft.model.tokenizer import Speech
-from lora_sft.training.cache import cached
-from lora_sft.training.preparation import NO_REPLY, Prepared, prepare, some
-from lora_sft.training.store import Examples
+from lora_sft.preparation.cache import cached
+from lora_sft.preparation.prepare import NO_REPLY, Prepared, prepare, some
+from lora_sft.preparation.store import Examples
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lora_sft.data.conversation import Conversation
 from lora_sft.data.split import text_to_compare
 from lora_sft.errors import DataError, ModelError, TemplateError
 from lora_sft.model.tokenizer import Speech
-from lora_sft.training.shortening import shortened
-from lora_sft.training.store import Examples, ExampleWriter, temporary_file
+from lora_sft.preparation.shortening import shortened
+from lora_sft.preparation.store import Examples, ExampleWriter, temporary_file
 
 Truncation = Literal["drop", "oldest", "newest", "cut", "error"]
 NO_REPLY = "no reply"

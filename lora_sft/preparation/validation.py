@@ -17,7 +17,7 @@ from lora_sft.data.intake import Intake
 from lora_sft.data.problems import Problem
 from lora_sft.errors import ModelError, TemplateError
 from lora_sft.model.tokenizer import Speech
-from lora_sft.training.preparation import HELP, render_conversation
+from lora_sft.preparation.prepare import HELP, render_conversation
 
 PERCENTILES = (50, 90, 95, 99, 100)
 

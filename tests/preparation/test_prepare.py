@@ -5,7 +5,7 @@ import pytest
 from lora_sft.data.conversation import Conversation
 from lora_sft.errors import DataError, TemplateError
 from lora_sft.model.tokenizer import prepare_speech
-from lora_sft.training.preparation import prepare
+from lora_sft.preparation.prepare import prepare
 from tests.conftest import conversation
 
 SHORT = Conversation(conversation("hi", "yo"), source="a:1")

@@ -1,0 +1,1 @@
+"""Conversations → examples on disk, ready to train on, with every row and token accounted for."""
