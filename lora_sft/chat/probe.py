@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora_sft.chat.control import special_tokens_of
 from lora_sft.chat.rendering import render
 from lora_sft.chat.turns import STOP_GUESSED
 from lora_sft.errors import TemplateError
@@ -31,5 +32,4 @@ def guess_stop_token(tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str])
         return None
     start, end = rendered.supervised[-1]  # earlier turns may end otherwise
     learned = rendered.text[start:end]
-    known = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return max((token for token in known if learned.endswith(token)), key=len, default=None)
+    return next((token for token in special_tokens_of(tokenizer) if learned.endswith(token)), None)

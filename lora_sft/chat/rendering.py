@@ -7,7 +7,7 @@ strings to be fooled and no table of model families. `docs/masking.md` tells the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_sft.chat.control import ControlTokens, find_control_tokens, literal_stretches
@@ -252,28 +252,31 @@ class _Rendering:
             return []
         last = index == len(self.messages) - 1
 
-        def when_last() -> str | None:
+        @cache
+        def when_last() -> tuple[str, str] | None:
+            """(what is written for it, what of that is learned) when no message comes behind it."""
             if last:
                 return None
             try:
                 alone = self.first(index + 1)
-                return alone.written_for(index, alone.reply(index))
+                then = alone.reply(index)
             except TemplateError:
                 return None
+            return alone.written_for(index, then), alone.plain[then.start : then.end]
 
-        if missing := what_is_missing(self.messages[index], self.written_for(index, reply), when_last):
+        def written_when_last() -> str | None:
+            alone = when_last()
+            return alone[0] if alone else None
+
+        if missing := what_is_missing(self.messages[index], self.written_for(index, reply), written_when_last):
             return [missing]
         if last or self.prompts.reads_forward(index + 1):
             return []
         before = self.prompts.before(index + 1)
         if before is None or before[: reply.end] == self.plain[: reply.end]:
             return []
-        try:
-            alone = self.first(index + 1)
-            then = alone.reply(index)
-        except TemplateError:
-            return []
-        if then.end <= then.start or alone.plain[then.start : then.end] == self.plain[reply.start : reply.end]:
+        alone = when_last()
+        if alone is None or alone[1] in ("", self.plain[reply.start : reply.end]):
             return []
         return [(REWRITTEN, "the template writes it otherwise once another message follows")]
 

@@ -21,7 +21,6 @@ from lora_sft.errors import DataError, SettingError
 from lora_sft.model.tokenizer import Speech
 from lora_sft.preparation.cache import cached
 from lora_sft.preparation.prepare import NO_REPLY, Prepared, prepare, some
-from lora_sft.preparation.store import Examples
 
 
 @dataclass(frozen=True)
@@ -201,12 +200,8 @@ def _split(whole: Prepared, config: RunConfig) -> tuple[Prepared, Prepared, list
         "cut": 0,
         "split": 0,
     }
-    train = _with(whole, examples.select(kept))
-    return train, _with(whole, examples.select(np.flatnonzero(aside)), **nothing), list(kept)
-
-
-def _with(prepared: Prepared, examples: Examples, **changes: Any) -> Prepared:
-    return replace(prepared, examples=examples, **changes)
+    train = replace(whole, examples=examples.select(kept))
+    return train, replace(whole, examples=examples.select(np.flatnonzero(aside)), **nothing), list(kept)
 
 
 def _mixed(prepared: Prepared, sources: Sequence[Source], owners: NDArray[np.int64], config: RunConfig) -> Prepared:
@@ -221,7 +216,7 @@ def _mixed(prepared: Prepared, sources: Sequence[Source], owners: NDArray[np.int
     order = mix(shares, config.seed, config.mix_replacement, config.mix_size)
     for name, rows, taken, share in describe(shares, order):
         say("mix", f"{name}: {taken:,} of {rows:,} examples, {share:.1%} of the mix")
-    return _with(prepared, prepared.examples.select(places[source][row] for source, row in order))
+    return replace(prepared, examples=prepared.examples.select(places[source][row] for source, row in order))
 
 
 def _tell(found: Prepared, intake: Intake, config: RunConfig) -> None:

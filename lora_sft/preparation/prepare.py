@@ -190,8 +190,8 @@ def prepare(
                 split=outcome.split,
                 cut=outcome.is_cut and _learned(outcome.examples) > 0,
                 tokens_cut=outcome.tokens_cut,
+                tokens_dropped=outcome.tokens_dropped,
             )
-            counts["tokens_dropped"] += outcome.tokens_dropped
             if outcome.is_too_long:
                 too_long.append(conversation.source)
             for example in outcome.examples:
@@ -221,12 +221,8 @@ def prepare(
         first=First(conversation.source, shown, example.supervised_tokens, len(example.input_ids)),
         noted=dict(noted.counts),
         examples_of=noted.lines,
-        **_plain(counts),
+        **counts,
     )
-
-
-def _plain(counts: Counter[str]) -> dict[str, int]:
-    return {name: counts[name] for name in ("cut", "replies", "split", "tokens_cut", "tokens_dropped")}
 
 
 def _encoded(
