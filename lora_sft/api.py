@@ -15,6 +15,7 @@ from lora_sft.console import console, is_main_process
 from lora_sft.data.conversation import Message
 from lora_sft.data.intake import Intake
 from lora_sft.errors import DataError
+from lora_sft.export.card import model_card
 from lora_sft.export.merge import merge
 from lora_sft.model.generation import reply
 from lora_sft.model.loading import MANIFEST, load_model
@@ -23,7 +24,6 @@ from lora_sft.model.tokenizer import prepare_speech
 from lora_sft.preparation.dataset import conversations_of, sources_of
 from lora_sft.preparation.prepare import prepare, render_conversation
 from lora_sft.preparation.validation import Report, validate_conversations
-from lora_sft.report.card import model_card
 from lora_sft.report.page import report_page
 from lora_sft.report.progress import LiveDisplay
 from lora_sft.report.views import data_view
@@ -113,7 +113,7 @@ def finetune(
         outcome = train(job, folder, objects["model"], followers)
         if is_main_process():
             manifest = make_manifest(outcome.model, job, outcome.result)
-            folder.write("README.md", model_card(manifest, job.config, folder.path.name))
+            folder.write("README.md", model_card(manifest, job.config, folder.path.name, outcome.metrics))
             folder.write("report.html", report_page(job, manifest, outcome.metrics, folder.path.name))
             folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
     finally:

@@ -18,7 +18,7 @@ from lora_sft.errors import SettingError
 _OTHER_SETTING = "there is a setting of ours for it"
 _OUR_LOSS = "the loss is the plain mean over supervised tokens"
 _OUR_DATA = "the rows are prepared before the trainer sees them"
-_NO_HUB = "nothing is uploaded yet; the output folder can be uploaded as it is"
+_NO_HUB = "`lora-sft export hub` uploads the finished adapter"
 _OUR_BATCHES = "micro-batches are planned by us: use train_sampling_strategy, packing and seed"
 NOT_PASSED_ON = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "disable_tqdm", "remove_unused_columns"), _OUR_DATA),

@@ -128,8 +128,8 @@ def test_what_we_do_not_do_is_refused_and_not_ignored(refused):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"hub_token": "hf_secret"}, "hub_token: nothing is uploaded yet"),
-        ({"training_args": {"push_to_hub": True}}, "push_to_hub: nothing is uploaded yet"),
+        ({"hub_token": "hf_secret"}, "hub_token: `lora-sft export hub` uploads"),
+        ({"training_args": {"push_to_hub": True}}, "push_to_hub: `lora-sft export hub` uploads"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: the loss is the plain mean"),
         ({"training_args": {"packing": True}}, "packing: the rows are prepared before"),
         (

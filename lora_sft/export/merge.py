@@ -1,236 +1,286 @@
 """An adapter folder → a whole model in plain transformers form, compared with the adapter before it is called done.
 
-The update is added in float32 to the base weights as they were in training: of a quantized base, to what the
-quantized weights stand for. The result is written beside its final place, read back, and compared.
+The update is added in float32 to the base as it was in training: of a quantized base, to what the quantized weights
+stand for. The result is written beside its final place, and gets its name only when it is whole and holds.
 """
 
+import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
-
-from lora_sft.console import say
-from lora_sft.data.conversation import Message
-from lora_sft.errors import OutputError, SettingError, VerificationError
+from lora_sft.console import console, say, table_of
+from lora_sft.errors import ModelError, SettingError
+from lora_sft.export.card import merged_card
+from lora_sft.export.adapter import WEIGHTS
+from lora_sft.export.combine import Blend
+from lora_sft.export.fidelity import Fidelity
+from lora_sft.export.merged import MergedModel, open_merged
+from lora_sft.export.public import MERGE_RECORD, read_metrics, read_run
+from lora_sft.export.staging import check_room, refuse_used, staged
+from lora_sft.export.tensor_file import hash_of_file
+from lora_sft.export.verify import Reference, Verified, choose_way, refer, verify
+from lora_sft.export.write import write_model, written_bytes
 from lora_sft.model.base import BaseSpec, load_base
 from lora_sft.model.device import peak_bytes
-from lora_sft.model.loading import load_adapter, put_adapter, trained_base
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+from lora_sft.model.loading import manifest_of, trained_base
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+BASES = ("trained", "original", "auto")
+FOUR_BITS = ("nf4", "fp4")
 
-PROBES: tuple[Message, ...] = (
-    {"role": "user", "content": "Who are you, and what can you do for me?"},
-    {"role": "user", "content": "Explain in two sentences why the sky is blue."},
-    {"role": "user", "content": "Write a short list: three things to pack for a trip, with a reason for each."},
-    {"role": "user", "content": "2 + 2 = ? Answer with a number. Und nun auf Deutsch, bitte."},
-)
-
-KEPT_SHARE = 0.1
-"""A merge may lose at most this share of what the adapter changed (in mean KL), or ROUNDING if that is more."""
-ROUNDING = 1e-3
+Losses = Callable[[Path], float]
+"""A folder → its loss on the evaluation set, in nats a token."""
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """How far a merged model is from the adapter on its own base, over the next-token distributions of the probes.
+class Wishes:
+    """How a merge is wanted; as the arguments of `merge`."""
 
-    Attributes:
-        max_abs_logit_diff: largest difference of a logit.
-        mean_kl: KL divergence from the adapter's distribution, in nats a position.
-        top1_agreement: share of the positions with the same likeliest token.
-        adapter_effect: mean KL between the adapter and its bare base, to measure the others against.
-    """
+    dtype: str = "auto"
+    base: str = "trained"
+    quantize: str | None = None
+    verify: str = "auto"
 
-    max_abs_logit_diff: float
-    mean_kl: float
-    top1_agreement: float
-    adapter_effect: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the merged model is the adapter, up to rounding."""
-        return self.mean_kl <= max(KEPT_SHARE * self.adapter_effect, ROUNDING)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the merge must reproduce, read off the adapter on its base before that is freed.
-
-    Attributes:
-        adapter_logits, base_logits: of each probe, with and without the adapter; (length, vocabulary) each.
-        quantized: {module: the weight that its quantized weight stands for}; emptied while it is written.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    generation_config: "GenerationConfig"
-    probes: list[Tensor]
-    adapter_logits: list[Tensor]
-    base_logits: list[Tensor]
-    quantized: dict[str, Tensor]
+    def __post_init__(self) -> None:
+        for name, value, accepted in (
+            ("dtype", self.dtype, DTYPES),
+            ("base", self.base, BASES),
+            ("quantize", self.quantize, (None, *FOUR_BITS)),
+        ):
+            if value not in accepted:
+                raise SettingError(f"{name} {value!r} is not one of {', '.join(str(one) for one in accepted if one)}")
 
 
 def merge(
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     output: str | Path,
     dtype: str = "auto",
+    base: str = "trained",
+    quantize: str | None = None,
+    weights: Sequence[float] | None = None,
+    combination: str = "linear",
+    density: float = 0.5,
+    verify: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    losses: Losses | None = None,
 ) -> dict[str, Any]:
-    """Merges an adapter into its base.
+    """Merges an adapter, or several, into their base. Memory stays flat: rows are read, summed and written.
 
     Args:
-        adapter: the adapter folder.
+        adapter: the adapter folder; several are added up.
         output: the folder of the merged model; must not exist yet, or be empty.
         dtype: of the written weights: bfloat16, float16 or float32; auto takes that of the training.
-        device: where the adapter runs on its base; the merged model is summed up and read back on the CPU.
+        base: trained (the weights that training saw: of a quantized base, dequantized), original (as published), or
+            auto, which makes both, shows how they compare, and keeps the better one.
+        quantize: nf4 or fp4 quantizes the finished model, and says what that loses.
+        weights: what the update of each adapter is multiplied with.
+        combination: linear (the exact sum), ties, dare_linear or dare_ties.
+        density: share of each update that ties and dare keep.
+        verify: logits (both models are loaded, one after the other), tensors (each tensor against base and adapter),
+            no, or auto: logits where memory allows.
+        device: where the adapter runs on its base to be compared with; the merged model is loaded on the CPU.
         trust_remote_code: run Python code that comes with the base.
+        losses: a folder → its loss on an evaluation set, which `base: auto` then goes by.
 
     Returns:
-        {"output_dir", "base", "dtype", "verified", "peak_rss_bytes", "seconds"}
+        {"output_dir", "base", "onto", "dtype", "verified", "peak_rss_bytes", "seconds"}
 
     Raises:
-        ModelError: no adapter there, or its base cannot be had.
-        OutputError: the output folder holds something.
+        ModelError: no adapter there, it cannot be merged, or its base cannot be had.
+        OutputError: the output folder holds something, or the disk has no room.
         VerificationError: the merged model differs from the adapter; it is kept under a name that says so.
     """
     clock = time.perf_counter()
-    adapter, output = Path(adapter), Path(output).expanduser().absolute()
-    if dtype not in DTYPES:
-        raise SettingError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists already; name another folder for the merged model")
-    spec = trained_base(adapter, device, trust_remote_code)
+    wishes = Wishes(dtype, base, quantize, verify)
+    folders = [Path(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
+    output = Path(output).expanduser().absolute()
+    blend = Blend(tuple(weights or (1.0,) * len(folders)), combination, density)
+    refuse_used(output)
+    spec = _common_base(folders, device, trust_remote_code)
     dtype = spec.dtype if dtype == "auto" else dtype
-    say("merge", f"onto the base as trained ({spec.quantization or spec.dtype}), summed in float32, written as {dtype}")
-
-    staged = _stage(output)
-    try:
-        trained = _look_at(adapter, spec)
-        _write(spec, adapter, trained, dtype, staged)
-        fidelity = compare(_read_back(staged, spec, trained.probes), trained.adapter_logits, trained.base_logits)
-        _settle(staged, output, fidelity)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    onto = _choose_bases(wishes.base, spec)
+    merged = [open_merged(folders, spec, one, blend) for one in onto]
+    check_room(output, len(merged) * written_bytes(merged[0], dtype))
+    with staged(output) as folder:
+        if len(merged) == 1:
+            found = _merge_onto(merged[0], folder, dtype, wishes, device)
+        else:
+            found = _better_of(merged, folder, dtype, wishes, device, losses)
+        if wishes.quantize:
+            found = _quantize(folder, found, wishes.quantize, spec)
+        _write_record(folder, output.name, folders, blend, spec, found, dtype)
     return {
         "output_dir": str(output),
         "base": spec.name,
-        "dtype": dtype,
-        "verified": asdict(fidelity),
+        "onto": found.onto,
+        "dtype": found.quantized or dtype,
+        "verified": found.summary(),
         "peak_rss_bytes": peak_bytes("cpu"),
         "seconds": round(time.perf_counter() - clock, 1),
     }
 
 
-def _stage(output: Path) -> Path:
-    """An empty folder beside the final one; the result moves to its name only when it is whole and holds."""
-    staged = output.with_name(f".{output.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
-    return staged
+@dataclass(frozen=True)
+class _Done:
+    """A merge that was written and compared.
+
+    Attributes:
+        reference: the adapter on its base, if it was loaded.
+        changed: by `original`: the result against the adapter on the base as trained.
+        quantized: 4-bit kind; `lost`: its result against the adapter.
+    """
+
+    onto: str
+    verified: Verified
+    reference: Reference | None = None
+    changed: Fidelity | None = None
+    quantized: str | None = None
+    lost: Fidelity | None = None
+
+    def summary(self) -> dict[str, Any]:
+        found = self.verified.summary()
+        for name, fidelity in (("against_trained_base", self.changed), ("after_quantizing", self.lost)):
+            if fidelity is not None:
+                found[name] = asdict(fidelity) | {"share_lost": fidelity.share_lost}
+        return found
 
 
-def _settle(staged: Path, output: Path, fidelity: Fidelity) -> None:
-    """Gives the result its final name, or, where it is not the adapter, one that says so."""
-    if not fidelity.holds:
-        refused = output.with_name(f"{output.name}.refused")
-        shutil.rmtree(refused, ignore_errors=True)
-        staged.rename(refused)
-        raise VerificationError(
-            f"the merged model is not the adapter: mean KL {fidelity.mean_kl:.2e}, where the adapter's own effect is "
-            f"{fidelity.adapter_effect:.2e}; kept as {refused}"
-        )
-    if output.is_dir():
-        output.rmdir()
-    staged.rename(output)
+def _common_base(folders: Sequence[Path], device: str, trust_remote_code: bool) -> BaseSpec:
+    """How the base of the adapters was loaded in training; they must have the same one."""
+    specs = [trained_base(folder, device, trust_remote_code, as_recorded=True) for folder in folders]
+    for folder, spec in zip(folders[1:], specs[1:], strict=True):
+        if (spec.name, spec.revision) != (specs[0].name, specs[0].revision):
+            raise ModelError(f"{folder}: was trained on {spec.name}, {folders[0]} on {specs[0].name}; they have no sum")
+        if spec.quantization != specs[0].quantization:
+            raise ModelError(
+                f"{folder}: was trained on a base in {spec.quantization or spec.dtype}, {folders[0]} on one in "
+                f"{specs[0].quantization or specs[0].dtype}; merge with base: original after a look at what it changes"
+            )
+    return specs[0]
 
 
-def _look_at(adapter: Path, spec: BaseSpec) -> Trained:
-    """Loads the adapter on its base as trained, and reads off what the merge needs."""
-    loaded = load_adapter(adapter, spec)
-    probes = [_tokens(loaded.tokenizer, probe) for probe in PROBES]
-    adapter_logits = _logits(loaded.model, probes)
-    with loaded.model.disable_adapter():
-        base_logits = _logits(loaded.model, probes)
-    quantized = dequantized_weights(loaded.model)
-    return Trained(loaded.tokenizer, loaded.model.generation_config, probes, adapter_logits, base_logits, quantized)
+def _choose_bases(base: str, spec: BaseSpec) -> list[str]:
+    """Which bases are merged onto; where training saw the published weights, both are the same."""
+    if base == "auto" and spec.quantization is None:
+        say("base", "as published (training did not quantize it)")
+        return ["trained"]
+    return ["trained", "original"] if base == "auto" else [base]
 
 
-def _write(spec: BaseSpec, adapter: Path, trained: Trained, dtype: str, folder: Path) -> None:
-    """Base as trained + update, in float32 on the CPU → `folder`, as safetensors of `dtype`."""
-    base = load_base(replace(spec, quantization=None, device="cpu")).float()
-    with torch.no_grad():
-        for name in list(trained.quantized):
-            module, weight = base.get_submodule(name), trained.quantized.pop(name)
-            module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)  # GPT-2 keeps (inputs, outputs)
-    model = put_adapter(base, adapter, len(trained.tokenizer)).merge_and_unload(safe_merge=True)
-    model = model.to(getattr(torch, dtype))
-    model.generation_config = trained.generation_config
-    model.save_pretrained(folder)
-    trained.tokenizer.save_pretrained(folder)
+def _merge_onto(merged: MergedModel, folder: Path, dtype: str, wishes: Wishes, device: str) -> _Done:
+    """Writes one merged model and compares it; raises VerificationError if it does not hold."""
+    as_loaded = merged.spec.quantization or merged.spec.dtype
+    seen = f"the base as trained ({as_loaded})" if merged.onto == "trained" else "the base as published"
+    say("merge", f"onto {seen}, summed in float32, written as {dtype}")
+    write_model(merged, folder, dtype)
+    way = choose_way(wishes.verify, merged, merged.spec.device)
+    if way != "logits":
+        verified = verify(merged, folder, way, None)
+        _report(verified, merged.onto)
+        return _Done(merged.onto, verified)
+    spec = trained_base(Path(merged.adapters[0]), device, merged.spec.trust_remote_code)
+    own = spec if merged.onto == "trained" else replace(spec, quantization=None, double_quant=False)
+    reference, weights = refer(merged, own, folder)
+    verified = replace(verify(merged, folder, way, reference), weights=weights)
+    _report(verified, merged.onto)
+    if merged.onto == "trained" or spec.quantization is None:
+        return _Done(merged.onto, verified, reference)
+    as_trained, _ = refer(merged, spec)
+    changed = as_trained.compare(folder, spec.trust_remote_code)
+    say("changed", f"against the adapter on the base as trained: {changed}")
+    return _Done(merged.onto, verified, as_trained, changed)
 
 
-def _read_back(folder: Path, spec: BaseSpec, probes: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of what was written, computed in float32 on the CPU."""
-    written = BaseSpec(str(folder), trust_remote_code=spec.trust_remote_code)
-    return _logits(load_base(written).eval(), probes)
+def _report(verified: Verified, onto: str) -> None:
+    verified.refuse()
+    say("compared" if onto == "trained" else "compared, on that base", str(verified))
 
 
-def dequantized_weights(model: Any) -> dict[str, Tensor]:
-    """{module name in the plain model: the weight that its quantized weight stands for}, on the CPU."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+def _better_of(
+    merged: Sequence[MergedModel], folder: Path, dtype: str, wishes: Wishes, device: str, losses: Losses | None
+) -> _Done:
+    """Merges onto each base, shows how they compare with what was trained, and keeps the better one."""
+    done: list[tuple[Path, _Done, float | None]] = []
+    for one in merged:
+        own = folder / f".{one.onto}"
+        own.mkdir()
+        found = _merge_onto(one, own, dtype, replace(wishes, verify="logits"), device)
+        done.append((own, found, losses(own) if losses else None))
+    table = table_of("base", "mean KL from what was trained", "adapter's effect lost", "same first choice", "loss")
+    for _, found, loss in done:
+        fidelity = found.changed or found.verified.fidelity
+        if fidelity is not None:
+            cells = (f"{fidelity.mean_kl:.1e}", f"{fidelity.share_lost:.2%}", f"{fidelity.top1_agreement:.1%}")
+            table.add_row(found.onto, *cells, "not measured" if loss is None else f"{loss:.4f}")
+    console().print(table)
+    best, found, loss = min(done, key=lambda one: (one[2] or 0.0, one[1].onto != "trained"))
+    say("base", f"{found.onto} ({'the lower loss' if loss is not None else 'the weights that were trained on'})")
+    for file in best.iterdir():
+        file.rename(folder / file.name)
+    for own, _, _ in done:
+        shutil.rmtree(own)
+    return found
 
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".base_layer"): dequantize_bnb_weight(
-            module.weight, getattr(module, "state", None)
-        )
-        .detach()
-        .cpu()
-        for name, module in model.named_modules()
-        if isinstance(module, (Linear4bit, Linear8bitLt))
-    }
 
-
-def compare(merged: Sequence[Tensor], adapter: Sequence[Tensor], base: Sequence[Tensor]) -> Fidelity:
-    """Logits of the probes, (length, vocabulary) each → how far the merged model is from the adapter."""
-    new, old, bare = torch.cat(list(merged)), torch.cat(list(adapter)), torch.cat(list(base))
-    return Fidelity(
-        max_abs_logit_diff=(new - old).abs().max().item(),
-        mean_kl=_mean_kl(new, old),
-        top1_agreement=(new.argmax(-1) == old.argmax(-1)).float().mean().item(),
-        adapter_effect=_mean_kl(bare, old),
+def _quantize(folder: Path, found: _Done, kind: str, spec: BaseSpec) -> _Done:
+    """The finished model in 4 bits, in the place of the whole one; says what that loses."""
+    double = spec.double_quant or spec.quantization is None
+    model = load_base(
+        BaseSpec(str(folder), quantization=kind, double_quant=double, dtype="bfloat16", device=spec.device)
     )
+    small = folder / ".quantized"
+    model.save_pretrained(small)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    for file in small.iterdir():
+        file.replace(folder / file.name)
+    small.rmdir()
+    if found.reference is None:
+        say("quantized", f"to {kind}; what that loses was not measured")
+        return replace(found, quantized=kind)
+    from lora_sft.export.fidelity import compare, logits_of
+
+    lost = compare(logits_of(model.eval(), found.reference.probes), found.reference.adapter, found.reference.base)
+    say("quantized", f"to {kind}, against the adapter: {lost}")
+    return replace(found, quantized=kind, lost=lost)
 
 
-def _mean_kl(logits: Tensor, reference: Tensor) -> float:
-    """Mean over positions of KL(reference ‖ logits), in nats; computed in float64."""
-    return F.kl_div(
-        logits.double().log_softmax(-1), reference.double().log_softmax(-1), log_target=True, reduction="batchmean"
-    ).item()
-
-
-def _tokens(tokenizer: "PreTrainedTokenizerBase", message: Message) -> Tensor:
-    """A probe as token ids, (1, length); as plain text where there is no chat template."""
-    if tokenizer.chat_template is None:
-        return tokenizer(message["content"], return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
-    prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return prompt["input_ids"]  # type: ignore[no-any-return]
-
-
-def _logits(model: Any, probes: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of each probe in float32 on the CPU, (length, vocabulary)."""
-    with torch.inference_mode():
-        return [model(input_ids=probe.to(model.device), use_cache=False).logits[0].float().cpu() for probe in probes]
+def _write_record(
+    folder: Path, name: str, adapters: Sequence[Path], blend: Blend, spec: BaseSpec, found: _Done, dtype: str
+) -> None:
+    """`merge.json` and the model card; the record of the training goes into the card if there is one training."""
+    record = {
+        "base": {"name": spec.name, "revision": spec.revision},
+        "onto": found.onto,
+        "dtype": dtype,
+        "quantize": found.quantized,
+        "combination": blend.kind,
+        "adapters": [
+            {"name": one.absolute().name, "weight": weight, "sha256": hash_of_file(one / WEIGHTS)}
+            for one, weight in zip(adapters, blend.weights, strict=True)
+        ],
+        "verified": found.summary(),
+    }
+    (folder / MERGE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    alone = adapters[0] if len(adapters) == 1 else None
+    names = [one.absolute().name for one in adapters]
+    if alone is None:
+        names = [f"{weight:g} · {name}" for name, weight in zip(names, blend.weights, strict=True)]
+    card = merged_card(
+        (manifest_of(alone) or None) if alone else None,
+        found.summary(),
+        name,
+        base=spec.name,
+        dtype=dtype,
+        onto=found.onto,
+        quantize=found.quantized,
+        adapters=names,
+        config=read_run(alone) if alone else None,
+        curve=read_metrics(alone) if alone else (),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")

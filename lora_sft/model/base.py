@@ -1,6 +1,8 @@
 """Settings → the base model: first what can be known without its weights, then the weights."""
 
 import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 
 # It would warn at import that an optional package of CPU kernels is not there; nothing is slower or wrong for it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+BLOCKSIZE = 64
+"""Weights that share a scale when they are quantized to 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +184,76 @@ def load_base(spec: BaseSpec) -> "PreTrainedModel":
         )
     except (OSError, ImportError, ValueError) as error:
         raise ModelError(f"model {spec.name}: the weights cannot be read: {_first_line(error)}") from None
+    if spec.quantization is not None:
+        refuse_odd_widths(input_widths(model), spec)
     keep_weights_unpacked(model)
     return model
+
+
+def quantized_modules(model: Any, skipped: Iterable[str] | None = None) -> set[str]:
+    """Names of the modules that bitsandbytes quantizes, of a model that is not quantized or of its skeleton.
+
+    Args:
+        skipped: those that it left out, as a manifest records them; None: as transformers chooses them.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)}
+    if skipped is not None:
+        return linear - set(skipped)
+    chosen = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return {name for name in linear if should_convert_module(name, chosen)}
+
+
+def quantization_record(model: Any) -> dict[str, Any]:
+    """What a quantized model must be known by to make its weights again: {"blocksize", "skipped"}; else empty."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    if not any(isinstance(module, (Linear4bit, Linear8bitLt)) for module in modules.values()):
+        return {}
+    blocks = {module.weight.quant_state.blocksize for module in modules.values() if isinstance(module, Linear4bit)}
+    plain = [name for name, module in modules.items() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    added = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|modules_to_save\.\w+|token_adapter)\b")
+    skipped = {added.sub("", name) for name in plain if ".lora_" not in name}
+    return {"blocksize": min(blocks, default=None), "skipped": sorted(skipped)}
+
+
+def refuse_odd_widths(widths: Mapping[str, int], spec: BaseSpec) -> None:
+    """On the CPU bitsandbytes restores 4-bit weights wrongly where a row does not end with a block.
+
+    Its kernel takes every row to begin a new block, which quantizing does not do. bitsandbytes 0.50; remove when
+    `dequantize_4bit` of a (96, 80) weight gives on the CPU what it gives for the same weight as one row.
+
+    Args:
+        widths: {module: its inputs}, of those that are quantized.
+
+    Raises:
+        ModelError: names the first such module.
+    """
+    odd = [name for name in widths if widths[name] % BLOCKSIZE]
+    if odd and spec.quantization in ("nf4", "fp4") and spec.device == "cpu":
+        raise ModelError(
+            f"model {spec.name}: {odd[0]} has {widths[odd[0]]} inputs, no multiple of {BLOCKSIZE}, and bitsandbytes "
+            "computes such 4-bit weights wrongly on the CPU; set load_in_4bit: false, or use a GPU"
+        )
+
+
+def input_widths(model: Any) -> dict[str, int]:
+    """{module that is, or will be, quantized: its inputs}."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
+
+    quantized = {name: module.in_features for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    return quantized or {
+        name: module.nx if isinstance(module := model.get_submodule(name), Conv1D) else module.in_features
+        for name in sorted(quantized_modules(model))
+    }
 
 
 def quantized_share(model: "PreTrainedModel") -> float:

@@ -1,6 +1,7 @@
 """A folder or hub name → model and tokenizer, ready to talk: an adapter on its base, or a whole model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,18 +61,56 @@ def load_adapter(folder: Path, spec: BaseSpec) -> Loaded:
     Raises:
         ModelError: the base cannot be had, or the adapter does not fit it.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     read_config(spec)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else load_tokenizer(spec)
+    tokenizer = tokenizer_of(folder, spec)
     base = load_base(spec)
     model = put_adapter(base, folder, len(tokenizer))
     if (folder / "generation_config.json").is_file():
         base.generation_config = model.generation_config = GenerationConfig.from_pretrained(folder)
-    manifest = _manifest(folder)
+    manifest = manifest_of(folder)
     variables, replies = manifest.get("chat_template_kwargs", {}), manifest.get("replies", {})
     return Loaded(model.eval(), tokenizer, spec, True, variables, replies)
+
+
+def load_adapters(folders: Sequence[Path], spec: BaseSpec, weights: Sequence[float], vocabulary_size: int) -> Any:
+    """Several adapters on one base, each with a weight; their updates add up → PeftModel in eval mode.
+
+    Raises:
+        ModelError: the base cannot be had, or an adapter does not fit it.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    read_config(spec)
+    model = put_adapter(load_base(spec), folders[0], vocabulary_size)
+    names = ["default", *(f"adapter_{number}" for number in range(1, len(folders)))]
+    for folder, name in zip(folders[1:], names[1:], strict=True):
+        try:
+            model.load_adapter(folder, name)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
+    if len(folders) > 1:
+        model.base_model.set_adapter(names)
+    for module in (one for one in model.modules() if isinstance(one, LoraLayer)):
+        for name, weight in zip(names, weights, strict=True):
+            if name in module.scaling:
+                module.scaling[name] *= weight
+    return model.eval()
+
+
+def tokenizer_of(folder: Path, spec: BaseSpec) -> "PreTrainedTokenizerBase":
+    """The tokenizer that lies with an adapter; else its base's.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        return tokenizer
+    return load_tokenizer(spec)
 
 
 def put_adapter(base: "PreTrainedModel", folder: Path, vocabulary_size: int) -> Any:
@@ -89,10 +128,15 @@ def put_adapter(base: "PreTrainedModel", folder: Path, vocabulary_size: int) -> 
         raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
 
 
-def trained_base(folder: Path, device: str = "auto", trust_remote_code: bool = False) -> BaseSpec:
+def trained_base(
+    folder: Path, device: str = "auto", trust_remote_code: bool = False, as_recorded: bool = False
+) -> BaseSpec:
     """How the base of an adapter was loaded in training, from `manifest.json`; for a foreign adapter the default.
 
     Whether code that comes with the base may run is never read from the adapter: whoever loads it says so.
+
+    Args:
+        as_recorded: the dtype of the training also where this device cannot compute in it.
 
     Raises:
         ModelError: the folder holds no adapter.
@@ -100,10 +144,11 @@ def trained_base(folder: Path, device: str = "auto", trust_remote_code: bool = F
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: no adapter here (no adapter_config.json)")
     device = choose_device(device)
-    if recorded := _manifest(folder).get("base"):
+    if recorded := manifest_of(folder).get("base"):
         spec = BaseSpec(**{name: recorded[name] for name in BaseSpec.__dataclass_fields__})
         # An adapter trained on a GPU also talks on the CPU, where float16 lacks kernels.
-        dtype = "float32" if device == "cpu" and spec.dtype == "float16" else spec.dtype
+        lacks_kernels = device == "cpu" and spec.dtype == "float16" and not as_recorded
+        dtype = "float32" if lacks_kernels else spec.dtype
         revision = recorded.get("commit") or spec.revision
         named = _adapter_config(folder).get("base_model_name_or_path")
         if named and named != spec.name:
@@ -125,11 +170,17 @@ def trained_base(folder: Path, device: str = "auto", trust_remote_code: bool = F
     return BaseSpec(name, revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
+def recorded_quantization(folder: Path) -> dict[str, Any]:
+    """What the manifest of an adapter says of its base's quantized weights; empty if it says nothing."""
+    found: dict[str, Any] = manifest_of(folder).get("quantization", {})
+    return found
+
+
 def _adapter_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return config
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,1 +1,1 @@
-"""What a run looks like to a person: live display, tables, model card."""
+"""What a run looks like to a person: live display, tables, pages."""

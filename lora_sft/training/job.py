@@ -11,7 +11,16 @@ from lora_sft.console import say
 from lora_sft.data.intake import Intake
 from lora_sft.errors import DataError, ModelError
 from lora_sft.model.adapter import attach, check_targets, count_parameters, lora_config
-from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, name_base, read_config, skeleton
+from lora_sft.model.base import (
+    BaseSpec,
+    choose_base,
+    grow_vocabulary,
+    input_widths,
+    name_base,
+    read_config,
+    refuse_odd_widths,
+    skeleton,
+)
 from lora_sft.model.device import choose_device
 from lora_sft.model.tokenizer import Speech, load_tokenizer, prepare_speech, read_generation_config
 from lora_sft.preparation.dataset import read_data
@@ -92,6 +101,7 @@ def make_job(
     spec = choose_base(config) if model is None else spec_of(model, config)
     shape = skeleton(read_config(spec), spec) if model is None else model
     check_targets(config, shape)
+    refuse_odd_widths(input_widths(shape), spec)
     if model is None:
         speech = load_speech(config, tokenizer)
     else:

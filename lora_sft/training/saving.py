@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_sft.chat.labels import Example
+from lora_sft.model.base import quantization_record
 from lora_sft.model.device import device_name
 from lora_sft.training.job import Job
 from lora_sft.training.output import OutputFolder
@@ -88,6 +89,7 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
             "commit": commit_of(model),
             "config_sha256": _sha256(model.config.to_json_string()),
         },
+        "quantization": quantization_record(model),
         "data": {
             "sha256": hash_of(data.examples),
             "examples": len(data.examples),

@@ -1,0 +1,330 @@
+"""An adapter and its base → the merged model, tensor by tensor and row by row; nothing more is held."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lora_sft.errors import ModelError
+from lora_sft.export.adapter import AdapterEdits, read_edits, skeleton_ties
+from lora_sft.export.base_files import base_folder, copy_small_files, weight_tensors
+from lora_sft.export.combine import Blend, check_blend, dense_update
+from lora_sft.export.edits import Edit, LowRank, Matrix, Replacement, Rows, matrix_of
+from lora_sft.export.placement import Place, places, refuse_obstacles
+from lora_sft.export.quantized import Quantization
+from lora_sft.export.tensor_file import StoredTensor
+from lora_sft.model.base import BaseSpec, quantized_modules, read_config, skeleton
+from lora_sft.model.loading import recorded_quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PIECE = 2**21
+"""Numbers that are computed together: 8 MiB in float32."""
+
+
+def open_merged(
+    adapter: Path | Sequence[Path], spec: BaseSpec, onto: str = "trained", blend: Blend | None = None
+) -> "MergedModel":
+    """The merged model of an adapter, or of several; only headers and settings are read.
+
+    Args:
+        spec: how the base was loaded in training.
+        onto: `trained`, the base as it was in training; `original`, as it is published.
+        blend: how several adapters are added up.
+
+    Raises:
+        ModelError: a base or an adapter cannot be had, or cannot be merged; says which tensor and why.
+    """
+    folders = [adapter] if isinstance(adapter, Path) else list(adapter)
+    blend = blend or Blend.even(len(folders))
+    config = read_config(spec)
+    folder = base_folder(spec)
+    plain = skeleton(config, spec)
+    stored = weight_tensors(folder)
+    found = places({name: tensor.shape for name, tensor in stored.items()}, plain)
+    adapters = [read_edits(one, skeleton(config, spec)) for one in folders]
+    check_blend(folders, [one.edits for one in adapters], blend)
+    how = Quantization.of(spec) if onto == "trained" else None
+    quantized: set[str] = set()
+    if how is not None:
+        record = recorded_quantization(folders[0])
+        how = replace(how, blocksize=record.get("blocksize", how.blocksize))
+        quantized = quantized_modules(plain, record.get("skipped"))
+    base = BaseTensors(stored, found, plain, spec, how, quantized, is_original=onto == "original")
+    base = _untie(base, plain, adapters)
+    merged = MergedModel(spec, onto, folders, folder, base, [one.edits for one in adapters], blend)
+    refuse_obstacles(base.places, sorted({name for one in adapters for name in one.edits}))
+    merged.check_new_rows()
+    return merged
+
+
+def _untie(base: "BaseTensors", plain: "PreTrainedModel", adapters: Sequence[AdapterEdits]) -> "BaseTensors":
+    """Where an adapter changes the embeddings or the head alone, they are two matrices from here on."""
+    if not skeleton_ties(plain):
+        return base
+    names = {id(module): f"{name}.weight" for name, module in plain.named_modules()}
+    embeddings, head = names[id(plain.get_input_embeddings())], names[id(plain.get_output_embeddings())]
+    by_parameter = {place.parameter: name for name, place in base.places.items()}
+    stored, found = dict(base.stored), dict(base.places)
+    if all(one.shares_embeddings for one in adapters):
+        if head in by_parameter and by_parameter[head] != by_parameter.get(embeddings):
+            stored.pop(by_parameter[head])  # a second copy, which nobody reads and which would be stale
+            found.pop(by_parameter[head])
+        return replace(base, stored=stored, places=found)
+    source = stored[by_parameter[embeddings] if embeddings in by_parameter else by_parameter[head]]
+    for end in (embeddings, head):
+        if end not in by_parameter:
+            stored[end], found[end] = source, Place(end)
+    return replace(base, stored=stored, places=found, untied=True)
+
+
+@dataclass(frozen=True)
+class BaseTensors:
+    """The base's tensors, as its files have them and as training saw them.
+
+    Attributes:
+        stored, places: {name in the files: where it lies; where it lies in the model}.
+        quantized: modules whose weights went through `how`.
+        is_original: they are wanted as they were published, not as training saw them.
+        untied: embeddings and head, one matrix in the base, are two here.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    places: Mapping[str, Place]
+    plain: "PreTrainedModel"
+    spec: BaseSpec
+    how: Quantization | None
+    quantized: set[str]
+    is_original: bool = False
+    untied: bool = False
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether training saw this tensor through its quantization."""
+        place = self.places.get(name)
+        return place is not None and place.parameter.removesuffix(".weight") in self.quantized
+
+    def is_as_stored(self, name: str) -> bool:
+        """Whether training saw this tensor's very numbers: it was neither quantized nor rounded."""
+        stored, seen = self.stored[name].dtype, getattr(torch, self.spec.dtype)
+        if self.is_original or not stored.is_floating_point or name not in self.places:
+            return True
+        rounded = stored.itemsize > seen.itemsize or {stored, seen} == {torch.float16, torch.bfloat16}
+        return not (rounded and not self.stays_float32(name)) and not (self.how and self.is_quantized(name))
+
+    def stays_float32(self, name: str) -> bool:
+        """Whether transformers keeps this tensor in float32, whatever the others are."""
+        place = self.places.get(name)
+        kept = [*(self.plain._keep_in_fp32_modules_strict or ())]
+        if self.spec.dtype == "float16":
+            kept += self.plain._keep_in_fp32_modules or ()
+        return place is not None and any(f".{one}." in f".{place.parameter}." for one in kept)
+
+    def rows(self, name: str) -> Callable[[int, int], Tensor]:
+        """A reader of rows as training saw them, in float32."""
+        tensor = self.stored[name]
+        if self.how is not None and self.is_quantized(name):
+            if self.is_turned(name):
+                return _turned_rows(tensor, self.how)
+            restored = self.how.restored(tensor.read, tensor.rows, tensor.columns)
+            return lambda start, stop: restored(start, stop).float()
+        if self.is_original:
+            return lambda start, stop: tensor.read(start, stop).float()
+        seen = torch.float32 if self.stays_float32(name) else getattr(torch, self.spec.dtype)
+        return lambda start, stop: tensor.read(start, stop).to(seen).float()
+
+    def is_turned(self, name: str) -> bool:
+        """Whether bitsandbytes turned the weight round before it quantized it: those of GPT-2."""
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self.plain.get_submodule(self.places[name].parameter.removesuffix(".weight")), Conv1D)
+
+
+def _turned_rows(tensor: StoredTensor, how: Quantization) -> Callable[[int, int], Tensor]:
+    """As `rows`, of a weight that was quantized the other way round; it is held whole."""
+    turned = tensor.read().T.contiguous()
+    restored = how.restored(lambda start, stop: turned[start:stop], *turned.shape)
+    whole = restored(0, len(turned)).float().T.contiguous()
+    return lambda start, stop: whole[start:stop].clone()
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """The merged model, whose tensors are computed when they are asked for.
+
+    Attributes:
+        onto: `trained` or `original`.
+        adapters: their folders.
+        folder: of the base's files.
+        edits: of each adapter, {parameter: its edits}.
+        blend: how several are added up.
+    """
+
+    spec: BaseSpec
+    onto: str
+    adapters: Sequence[Path]
+    folder: Path
+    base: BaseTensors
+    edits: Sequence[Mapping[str, Sequence[Edit]]]
+    blend: Blend
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name in the base's files: shape in the merged model}, in the order of the files."""
+        return {name: self._shape(name) for name in self.base.stored}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self.base.stored[name].shape
+        for edit in self.edits_of(name):
+            if isinstance(edit, Replacement) and self.base.places[name].matrix is None:
+                shape = edit.shape
+            if isinstance(edit, Rows):
+                shape = (max(shape[0], max(edit.indices, default=0) + 1), *shape[1:])
+        return shape
+
+    def edits_of(self, name: str) -> list[Edit]:
+        """What the adapters do to a tensor, each multiplied with its weight."""
+        place = self.base.places.get(name)
+        return [
+            edit.weighted(weight) if isinstance(edit, LowRank) and weight != 1 else edit
+            for one, weight in zip(self.edits, self.blend.weights, strict=True)
+            for edit in (one.get(place.parameter, ()) if place else ())
+        ]
+
+    def is_edited(self, name: str) -> bool:
+        """Whether an adapter changes this tensor."""
+        return bool(self.edits_of(name))
+
+    def is_turned_when_quantized(self, name: str) -> bool:
+        """Whether training quantized this tensor the other way round, as it does with GPT-2's."""
+        return self.base.how is not None and self.base.is_quantized(name) and self.base.is_turned(name)
+
+    def is_as_stored(self, name: str) -> bool:
+        """Whether the tensor is just what lies in the base's file."""
+        return not self.is_edited(name) and self.base.is_as_stored(name)
+
+    def dtype_of(self, name: str, wanted: torch.dtype) -> torch.dtype:
+        """The dtype that a tensor has in a model of dtype `wanted`."""
+        stored = self.base.stored[name].dtype
+        if not stored.is_floating_point or stored.itemsize == 1 or name not in self.base.places:
+            return stored
+        return torch.float32 if self.base.stays_float32(name) and wanted != torch.float32 else wanted
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor from its first row to its last, (rows, columns) at a time, in float32."""
+        shape, stored = self.shapes[name], self.base.stored[name]
+        read = self.base.rows(name)
+        step = max(PIECE // stored.columns, 1)
+        if not self.is_edited(name):
+            for start in range(0, stored.rows, step):
+                yield read(start, min(start + step, stored.rows))
+            return
+        stack, height = _stack(shape), stored.rows // _stack(stored.shape)
+        for matrix in range(stack):
+            edited = self._matrix(name, matrix)
+            new_height = (shape[0] if len(shape) < 3 else shape[1]) if stack == 1 else height
+            for start in range(0, new_height, step):
+                stop = min(start + step, new_height)
+                yield edited(read, matrix * height, start, stop, height)
+
+    def _matrix(self, name: str, matrix: int) -> "Callable[..., Tensor]":
+        """How rows of one matrix of a file's tensor come about: (read, its first row, start, stop, rows there)."""
+        edits, place = self.edits_of(name), self.base.places[name]
+        number = matrix if place.matrix is None else place.matrix
+        whole = next((edit for edit in edits if isinstance(edit, Replacement)), None)
+        done = self._done(name, place, number, edits)
+
+        def rows(read: Callable[[int, int], Tensor], first: int, start: int, stop: int, height: int) -> Tensor:
+            if whole is not None:
+                offset = place.first_row + number * (whole.shape[-2] if len(whole.shape) > 2 else 0)
+                base = whole.read(offset + start, offset + stop).float()
+            elif stop <= height:
+                base = read(first + start, first + stop)
+            else:  # rows that training added
+                base = torch.zeros(stop - start, self.base.stored[name].columns)
+                if start < height:
+                    base[: height - start] = read(first + start, first + height)
+            return done.apply(base, place.first_row + start)
+
+        return rows
+
+    def _done(self, name: str, place: Place, number: int, edits: Sequence[Edit]) -> Matrix:
+        if self.blend.is_dense and any(isinstance(edit, LowRank) for edit in edits):
+            updates = [
+                [edit.of(number) for edit in one.get(place.parameter, ()) if isinstance(edit, LowRank)]
+                for one in self.edits
+            ]
+            rest = [edit for edit in edits if not isinstance(edit, LowRank)]
+            plain = replace(matrix_of(rest, number, self._base_pieces(name)), dense=None)
+            done = replace(plain, dense=dense_update(updates, self.blend, f"{place.parameter}/{number}"))
+        else:
+            done = matrix_of(edits, number, self._base_pieces(name))
+        return done.transposed if place.turned else done
+
+    def _base_pieces(self, name: str) -> Callable[[], Iterator[tuple[int, Tensor]]]:
+        """The base's rows once through, which DoRA needs for the lengths."""
+        read, stored = self.base.rows(name), self.base.stored[name]
+        whole = next((edit for edit in self.edits_of(name) if isinstance(edit, Replacement)), None)
+        rows, step = self.shapes[name][0] if whole else stored.rows, max(PIECE // stored.columns, 1)
+
+        def pieces() -> Iterator[tuple[int, Tensor]]:
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                yield start, whole.read(start, stop).float() if whole else read(start, stop)
+
+        return pieces
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor: in float32 where adapter or quantization changes it, else as it is stored."""
+        if self.is_as_stored(name):
+            return self.base.stored[name].read()
+        return torch.cat(list(self.pieces(name))).reshape(self.shapes[name])
+
+    def check_new_rows(self) -> None:
+        """Every row that training added must come with the adapter: its start was drawn by lot.
+
+        Raises:
+            ModelError: some do not.
+        """
+        for name, shape in self.shapes.items():
+            stored = self.base.stored[name].shape
+            if shape == stored or any(isinstance(edit, Replacement) for edit in self.edits_of(name)):
+                continue
+            held = {row for edit in self.edits_of(name) if isinstance(edit, Rows) for row in edit.indices}
+            if lacking := set(range(stored[0], shape[0])) - held:
+                raise ModelError(
+                    f"{name}: training added rows {stored[0]} to {shape[0] - 1}, but {min(lacking)} is not in the "
+                    "adapter; its values cannot be known"
+                )
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Rows of the embeddings, if training added some."""
+        end = {id(module): name for name, module in self.base.plain.named_modules()}[
+            id(self.base.plain.get_input_embeddings())
+        ]
+        for name, place in self.base.places.items():
+            if place.parameter == f"{end}.weight" and self.shapes[name] != self.base.stored[name].shape:
+                return self.shapes[name][0]
+        return None
+
+    def write_small_files(self, folder: Path, dtype: str) -> None:
+        """Settings, tokenizer, chat template and the base's code → `folder`."""
+        patch: dict[str, Any] = {"dtype": dtype}
+        if self.base.untied:
+            patch["tie_word_embeddings"] = False
+        if self.vocabulary_size is not None:
+            patch["vocab_size"] = self.vocabulary_size
+        copy_small_files(self.folder, self.adapters[0], folder, patch, self.vocabulary_size is not None)
+
+
+def _stack(shape: tuple[int, ...]) -> int:
+    """How many matrices a tensor holds."""
+    count = 1
+    for size in shape[:-2]:
+        count *= size
+    return count

@@ -1,0 +1,209 @@
+"""Safetensors files read by rows and written at offsets that are known in advance; never a whole tensor.
+
+The safetensors package maps files into memory, which counts as memory in use; here each piece is read when it is
+asked for. The format is its own: eight bytes with the length of a JSON header, the header, and the numbers.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lora_sft.errors import ModelError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+PIECE_BYTES = 8 * 2**20
+"""What is read, or copied, at a time."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        start: of its first byte in the file.
+    """
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        """All dimensions but the last; of a vector its length."""
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """The last dimension; 1 for a vector, whose every number is a row."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` as stored, (rows, columns); all of it in its own shape if nothing is named."""
+        whole = start == 0 and stop is None
+        stop = self.rows if stop is None else stop
+        row_bytes = self.columns * self.dtype.itemsize
+        buffer = bytearray((stop - start) * row_bytes)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start + start * row_bytes)
+            _fill(file, memoryview(buffer), self.name)
+        flat = torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
+        return flat.reshape(self.shape if whole else (stop - start, self.columns))
+
+
+def _fill(file: BinaryIO, view: memoryview, name: str) -> None:
+    """Reads until the buffer is full; a raw file may give less than was asked for."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise ModelError(f"{name}: its file ends before the tensor does; the file is cut off")
+        done += count
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """A safetensors file → {name: where it lies}.
+
+    Raises:
+        ModelError: not a safetensors file, or one that was cut off.
+    """
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > file.stat().st_size - 8:
+                raise ValueError("the header does not end")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: StoredTensor(
+                file, name, DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + about["data_offsets"][0]
+            )
+            for name, about in header.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: is no safetensors file that can be read: {error}") from None
+    end = max((tensor.start + tensor.size for tensor in found.values()), default=0)
+    if end > file.stat().st_size:
+        raise ModelError(f"{file}: is cut off: {file.stat().st_size:,} of {end:,} bytes are there")
+    return found
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is about to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorWriter:
+    """One safetensors file, its header written first; the tensors follow in the order in which they were planned."""
+
+    def __init__(self, file: Path, planned: Mapping[str, Planned]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name, tensor in planned.items():
+            header[name] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + tensor.size],
+            }
+            self._starts[name] = end
+            end += tensor.size
+        words = json.dumps(header, separators=(",", ":")).encode()
+        words += b" " * (-len(words) % 8)  # the numbers begin at a multiple of 8
+        self._first = 8 + len(words)
+        self._planned = dict(planned)
+        self._file = file.open("wb", buffering=0)
+        self._file.write(len(words).to_bytes(8, "little") + words)
+        self._expected = self._first + end
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if (length := self._file.tell()) != self._expected:
+                    raise RuntimeError(f"{self._file.name}: {length:,} of {self._expected:,} bytes were written")
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def begin(self, name: str) -> None:
+        """What follows belongs to this tensor."""
+        if self._file.tell() != self._first + self._starts[name]:
+            raise RuntimeError(f"{name} is not the next tensor of {self._file.name}")
+
+    def write(self, rows: Tensor) -> None:
+        """Rows of the tensor that was begun, of its dtype."""
+        view = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while view:
+            view = view[self._file.write(view) :]
+
+    def copy(self, tensor: StoredTensor) -> None:
+        """The tensor that was begun is this one, as it is stored."""
+        with tensor.file.open("rb", buffering=0) as source:
+            for start, count in _pieces(tensor.size):
+                at = tensor.start + start
+                while count:
+                    copied = os.copy_file_range(source.fileno(), self._file.fileno(), count, at) if CAN_COPY else 0
+                    if not copied:
+                        source.seek(at)
+                        copied = self._file.write(source.read(count))
+                    at, count = at + copied, count - copied
+
+
+def hash_of_file(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+CAN_COPY = hasattr(os, "copy_file_range")  # Linux alone
+
+
+def _pieces(size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, PIECE_BYTES):
+        yield start, min(PIECE_BYTES, size - start)
