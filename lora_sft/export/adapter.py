@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lora_sft.errors import ModelError
-from lora_sft.export.edits import Addition, Edit, LowRank, Read, ReadRows, Replacement, Rows
+from lora_sft.export.edits import Addition, Edit, LowRank, Read, ReadRows, Replacement, Rows, straight, turned
 from lora_sft.export.tensor_file import stored_tensors
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ class AdapterEdits:
     Attributes:
         edits: {parameter: its edits}.
         shares_embeddings: whether head and embeddings stay one matrix, if the base has one for both.
+        ends_edited: whether one of them is edited at all.
     """
 
     edits: dict[str, list[Edit]]
     shares_embeddings: bool
+    ends_edited: bool = False
 
 
 def read_edits(folder: Path, skeleton: "PreTrainedModel") -> AdapterEdits:
@@ -75,7 +77,7 @@ def read_edits(folder: Path, skeleton: "PreTrainedModel") -> AdapterEdits:
         found[parameter].insert(0, Replacement(reads[key].shape, reads[key].rows, (key,)))
     _check_shapes(found, shapes, ends, folder)
     only_rows = all(isinstance(edit, Rows) for end in ends for edit in found.get(end, []))
-    return AdapterEdits(dict(found), shares_embeddings=tied or only_rows)
+    return AdapterEdits(dict(found), tied or only_rows, any(end in found for end in ends))
 
 
 def _ends(skeleton: "PreTrainedModel") -> list[str]:
@@ -214,15 +216,15 @@ def _edits_of_lora(name: str, key: str, module: Any, reads: dict[str, _Stored], 
         return [(f"{_plain(name)}.{module.parameter_name}", LowRank(factors, scale, (a.key, b.key)))]
     if type(module) is Embedding:
         a, b = (_of(f"{key}.lora_embedding_{one}", reads, folder) for one in "AB")
-        edit = LowRank(partial(_turned, a.read, b.read), scale, (a.key, b.key))
+        edit = LowRank(partial(turned, a.read, b.read), scale, (a.key, b.key))
         return [(f"{_plain(name)}.weight", _with_magnitude(edit, key, module, reads, folder, by_column=True))]
     if type(module) is not Linear:
         raise ModelError(f"{folder}: {_plain(name)}: a {type(module).__name__} layer cannot be merged here; {INSTEAD}")
     a, b = (_of(f"{key}.lora_{one}.weight", reads, folder) for one in "AB")
-    turned = bool(module.fan_in_fan_out)  # GPT-2 keeps (inputs, outputs)
-    edit = LowRank(partial(_turned if turned else _straight, a.read, b.read), scale, (a.key, b.key))
+    is_turned = bool(module.fan_in_fan_out)  # GPT-2 keeps (inputs, outputs)
+    edit = LowRank(partial(turned if is_turned else straight, a.read, b.read), scale, (a.key, b.key))
     edits: list[tuple[str, Edit]] = [
-        (f"{_plain(name)}.weight", _with_magnitude(edit, key, module, reads, folder, by_column=turned))
+        (f"{_plain(name)}.weight", _with_magnitude(edit, key, module, reads, folder, by_column=is_turned))
     ]
     if module.lora_bias["default"]:
         bias = _of(f"{key}.lora_B.bias", reads, folder)
@@ -243,16 +245,6 @@ def _with_magnitude(
         raise ModelError(f"{folder}: {_plain(key)}: {type(variant).__name__} cannot be merged here; {INSTEAD}")
     stored = _of(f"{key}.lora_magnitude_vector", reads, folder)
     return replace(edit, magnitude=stored.read, by_column=by_column, keys=(*edit.keys, stored.key))
-
-
-def _straight(a: Read, b: Read, _matrix: int) -> tuple[Tensor, Tensor]:
-    """A (rank, inputs), B (outputs, rank) → factors of (outputs, inputs)."""
-    return b(), a()
-
-
-def _turned(a: Read, b: Read, _matrix: int) -> tuple[Tensor, Tensor]:
-    """A, B → factors of a matrix that is kept as (inputs, outputs)."""
-    return a().T, b().T
 
 
 def _of_expert(a: Read, b: Read, experts: int, expert: int, *, swapped: bool) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,16 @@ class Matrix:
         return Matrix([factors.transposed for factors in self.factors], lengths)
 
 
+def straight(a: Read, b: Read, _matrix: int) -> tuple[Tensor, Tensor]:
+    """A (rank, inputs), B (outputs, rank) → factors of (outputs, inputs)."""
+    return b(), a()
+
+
+def turned(a: Read, b: Read, _matrix: int) -> tuple[Tensor, Tensor]:
+    """A, B → factors of a matrix that is kept as (inputs, outputs)."""
+    return a().T, b().T
+
+
 def matrix_of(edits: Sequence[Edit], matrix: int, pieces: "Callable[[], Iterator[tuple[int, Tensor]]]") -> Matrix:
     """The edits of one parameter → those of one of its matrices.
 

@@ -7,6 +7,7 @@ stand for. The result is written beside its final place, and gets its name only 
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 from lora_sft.console import console, say, table_of
 from lora_sft.errors import ModelError, SettingError
-from lora_sft.export.card import merged_card
 from lora_sft.export.adapter import WEIGHTS
+from lora_sft.export.base_files import base_folder, weight_tensors
+from lora_sft.export.card import merged_card
 from lora_sft.export.combine import Blend
 from lora_sft.export.fidelity import Fidelity
 from lora_sft.export.merged import MergedModel, open_merged
@@ -153,6 +155,8 @@ class _Done:
 def _common_base(folders: Sequence[Path], device: str, trust_remote_code: bool) -> BaseSpec:
     """How the base of the adapters was loaded in training; they must have the same one."""
     specs = [trained_base(folder, device, trust_remote_code, as_recorded=True) for folder in folders]
+    if "base" not in manifest_of(folders[0]):  # trained elsewhere, in we do not know which dtype
+        specs = [replace(spec, dtype=_published_dtype(spec)) for spec in specs]
     for folder, spec in zip(folders[1:], specs[1:], strict=True):
         if (spec.name, spec.revision) != (specs[0].name, specs[0].revision):
             raise ModelError(f"{folder}: was trained on {spec.name}, {folders[0]} on {specs[0].name}; they have no sum")
@@ -162,6 +166,15 @@ def _common_base(folders: Sequence[Path], device: str, trust_remote_code: bool) 
                 f"{specs[0].quantization or specs[0].dtype}; merge with base: original after a look at what it changes"
             )
     return specs[0]
+
+
+def _published_dtype(spec: BaseSpec) -> str:
+    """The dtype of most of the base's numbers, if it is one that can be trained in."""
+    sizes: Counter[str] = Counter()
+    for tensor in weight_tensors(base_folder(spec)).values():
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.size
+    found = max(sizes, key=lambda name: sizes[name], default="float32")
+    return found if found in DTYPES else spec.dtype
 
 
 def _choose_bases(base: str, spec: BaseSpec) -> list[str]:
@@ -271,8 +284,9 @@ def _write_record(
     names = [one.absolute().name for one in adapters]
     if alone is None:
         names = [f"{weight:g} · {name}" for name, weight in zip(names, blend.weights, strict=True)]
+    manifest = manifest_of(alone) if alone else {}
     card = merged_card(
-        (manifest_of(alone) or None) if alone else None,
+        manifest if "result" in manifest else None,
         found.summary(),
         name,
         base=spec.name,

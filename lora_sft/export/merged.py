@@ -1,8 +1,9 @@
 """An adapter and its base → the merged model, tensor by tensor and row by row; nothing more is held."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lora_sft.errors import ModelError
-from lora_sft.export.adapter import AdapterEdits, read_edits, skeleton_ties
+from lora_sft.export.adapter import WEIGHTS, AdapterEdits, read_edits, skeleton_ties
 from lora_sft.export.base_files import base_folder, copy_small_files, weight_tensors
 from lora_sft.export.combine import Blend, check_blend, dense_update
 from lora_sft.export.edits import Edit, LowRank, Matrix, Replacement, Rows, matrix_of
 from lora_sft.export.placement import Place, places, refuse_obstacles
+from lora_sft.export.plain_adapter import plain_edits
 from lora_sft.export.quantized import Quantization
 from lora_sft.export.tensor_file import StoredTensor
 from lora_sft.model.base import BaseSpec, quantized_modules, read_config, skeleton
@@ -42,25 +44,53 @@ def open_merged(
     """
     folders = [adapter] if isinstance(adapter, Path) else list(adapter)
     blend = blend or Blend.even(len(folders))
-    config = read_config(spec)
-    folder = base_folder(spec)
-    plain = skeleton(config, spec)
-    stored = weight_tensors(folder)
-    found = places({name: tensor.shape for name, tensor in stored.items()}, plain)
-    adapters = [read_edits(one, skeleton(config, spec)) for one in folders]
-    check_blend(folders, [one.edits for one in adapters], blend)
     how = Quantization.of(spec) if onto == "trained" else None
-    quantized: set[str] = set()
-    if how is not None:
-        record = recorded_quantization(folders[0])
-        how = replace(how, blocksize=record.get("blocksize", how.blocksize))
-        quantized = quantized_modules(plain, record.get("skipped"))
-    base = BaseTensors(stored, found, plain, spec, how, quantized, is_original=onto == "original")
-    base = _untie(base, plain, adapters)
-    merged = MergedModel(spec, onto, folders, folder, base, [one.edits for one in adapters], blend)
+    base, adapters = _plainly(folders, spec, how) or _with_peft(folders, spec, how)
+    check_blend(folders, [one.edits for one in adapters], blend)
+    base = replace(base, is_original=onto == "original")
+    if not all(one.shares_embeddings for one in adapters) or any(one.ends_edited for one in adapters):
+        base = _untie(base, base.skeleton(), adapters)
+    merged = MergedModel(spec, onto, folders, base_folder(spec), base, [one.edits for one in adapters], blend)
     refuse_obstacles(base.places, sorted({name for one in adapters for name in one.edits}))
     merged.check_new_rows()
     return merged
+
+
+def _plainly(
+    folders: Sequence[Path], spec: BaseSpec, how: Quantization | None
+) -> "tuple[BaseTensors, list[AdapterEdits]] | None":
+    """Base and edits as far as their files alone tell; None where PEFT has to be asked."""
+    if how is not None or not all((folder / WEIGHTS).is_file() for folder in folders):
+        return None
+    there = base_folder(spec)
+    if not (there / "config.json").is_file() or "quantization_config" in json.loads(
+        (there / "config.json").read_text(encoding="utf-8")
+    ):
+        return None
+    stored = weight_tensors(there)
+    found = [plain_edits(folder, WEIGHTS, stored) for folder in folders]
+    edits = [AdapterEdits(dict(one), shares_embeddings=True) for one in found if one is not None]
+    if len(edits) < len(folders):
+        return None
+    build = lru_cache(1)(lambda: skeleton(read_config(spec), spec))
+    return BaseTensors(stored, {name: Place(name) for name in stored}, build, spec, None, set()), edits
+
+
+def _with_peft(
+    folders: Sequence[Path], spec: BaseSpec, how: Quantization | None
+) -> "tuple[BaseTensors, list[AdapterEdits]]":
+    """Base and edits as transformers and PEFT understand them."""
+    config = read_config(spec)
+    stored = weight_tensors(base_folder(spec))
+    plain = skeleton(config, spec)
+    found = places({name: tensor.shape for name, tensor in stored.items()}, plain)
+    adapters = [read_edits(folder, skeleton(config, spec)) for folder in folders]
+    quantized: set[str] = set()
+    if how is not None:
+        record = recorded_quantization(folders[0])
+        how = replace(how, blocksize=record.get("blocksize") or how.blocksize)
+        quantized = quantized_modules(plain, record.get("skipped"))
+    return BaseTensors(stored, found, lambda: plain, spec, how, quantized), adapters
 
 
 def _untie(base: "BaseTensors", plain: "PreTrainedModel", adapters: Sequence[AdapterEdits]) -> "BaseTensors":
@@ -89,6 +119,7 @@ class BaseTensors:
 
     Attributes:
         stored, places: {name in the files: where it lies; where it lies in the model}.
+        skeleton: builds the model without storage, for what only it can tell.
         quantized: modules whose weights went through `how`.
         is_original: they are wanted as they were published, not as training saw them.
         untied: embeddings and head, one matrix in the base, are two here.
@@ -96,7 +127,7 @@ class BaseTensors:
 
     stored: Mapping[str, StoredTensor]
     places: Mapping[str, Place]
-    plain: "PreTrainedModel"
+    skeleton: "Callable[[], PreTrainedModel]"
     spec: BaseSpec
     how: Quantization | None
     quantized: set[str]
@@ -114,14 +145,17 @@ class BaseTensors:
         if self.is_original or not stored.is_floating_point or name not in self.places:
             return True
         rounded = stored.itemsize > seen.itemsize or {stored, seen} == {torch.float16, torch.bfloat16}
-        return not (rounded and not self.stays_float32(name)) and not (self.how and self.is_quantized(name))
+        if self.how is not None and self.is_quantized(name):
+            return False
+        return not rounded or self.stays_float32(name)
 
     def stays_float32(self, name: str) -> bool:
         """Whether transformers keeps this tensor in float32, whatever the others are."""
         place = self.places.get(name)
-        kept = [*(self.plain._keep_in_fp32_modules_strict or ())]
+        plain = self.skeleton()
+        kept = [*(plain._keep_in_fp32_modules_strict or ())]
         if self.spec.dtype == "float16":
-            kept += self.plain._keep_in_fp32_modules or ()
+            kept += plain._keep_in_fp32_modules or ()
         return place is not None and any(f".{one}." in f".{place.parameter}." for one in kept)
 
     def rows(self, name: str) -> Callable[[int, int], Tensor]:
@@ -132,7 +166,7 @@ class BaseTensors:
                 return _turned_rows(tensor, self.how)
             restored = self.how.restored(tensor.read, tensor.rows, tensor.columns)
             return lambda start, stop: restored(start, stop).float()
-        if self.is_original:
+        if self.is_original or self.is_as_stored(name):
             return lambda start, stop: tensor.read(start, stop).float()
         seen = torch.float32 if self.stays_float32(name) else getattr(torch, self.spec.dtype)
         return lambda start, stop: tensor.read(start, stop).to(seen).float()
@@ -141,7 +175,7 @@ class BaseTensors:
         """Whether bitsandbytes turned the weight round before it quantized it: those of GPT-2."""
         from transformers.pytorch_utils import Conv1D
 
-        return isinstance(self.plain.get_submodule(self.places[name].parameter.removesuffix(".weight")), Conv1D)
+        return isinstance(self.skeleton().get_submodule(self.places[name].parameter.removesuffix(".weight")), Conv1D)
 
 
 def _turned_rows(tensor: StoredTensor, how: Quantization) -> Callable[[int, int], Tensor]:
@@ -212,7 +246,9 @@ class MergedModel:
         stored = self.base.stored[name].dtype
         if not stored.is_floating_point or stored.itemsize == 1 or name not in self.base.places:
             return stored
-        return torch.float32 if self.base.stays_float32(name) and wanted != torch.float32 else wanted
+        if stored == wanted or wanted == torch.float32:
+            return wanted
+        return torch.float32 if self.base.stays_float32(name) else wanted
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor from its first row to its last, (rows, columns) at a time, in float32."""
@@ -304,9 +340,10 @@ class MergedModel:
     @property
     def vocabulary_size(self) -> int | None:
         """Rows of the embeddings, if training added some."""
-        end = {id(module): name for name, module in self.base.plain.named_modules()}[
-            id(self.base.plain.get_input_embeddings())
-        ]
+        if all(shape == self.base.stored[name].shape for name, shape in self.shapes.items()):
+            return None
+        plain = self.base.skeleton()
+        end = {id(module): name for name, module in plain.named_modules()}[id(plain.get_input_embeddings())]
         for name, place in self.base.places.items():
             if place.parameter == f"{end}.weight" and self.shapes[name] != self.base.stored[name].shape:
                 return self.shapes[name][0]

@@ -45,9 +45,9 @@ class Quantization:
         return cls(spec.quantization, spec.double_quant, getattr(torch, spec.dtype), blocksize)
 
     def restored(self, read: ReadRows, rows: int, columns: int) -> ReadRows:
-        """A reader of stored rows → a reader of the rows that training saw, of `dtype`."""
+        """A reader of stored rows → a reader of the rows that training saw: of `dtype`, those of int8 in float32."""
         if self.kind == "int8":
-            return lambda start, stop: _through_int8(read(start, stop)).to(self.dtype)
+            return lambda start, stop: _through_int8(read(start, stop).to(self.dtype))
         return _FourBit(self, read, rows, columns).rows
 
 

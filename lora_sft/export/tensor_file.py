@@ -4,11 +4,12 @@ The safetensors package maps files into memory, which counts as memory in use; h
 asked for. The format is its own: eight bytes with the length of a JSON header, the header, and the numbers.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -182,14 +183,23 @@ class TensorWriter:
     def copy(self, tensor: StoredTensor) -> None:
         """The tensor that was begun is this one, as it is stored."""
         with tensor.file.open("rb", buffering=0) as source:
-            for start, count in _pieces(tensor.size):
-                at = tensor.start + start
-                while count:
-                    copied = os.copy_file_range(source.fileno(), self._file.fileno(), count, at) if CAN_COPY else 0
-                    if not copied:
-                        source.seek(at)
-                        copied = self._file.write(source.read(count))
-                    at, count = at + copied, count - copied
+            at, end = tensor.start, tensor.start + tensor.size
+            while at < end:
+                count = min(PIECE_BYTES, end - at)
+                copied = self._copy_inside(source, at, count)
+                if not copied:
+                    source.seek(at)
+                    copied = self._file.write(source.read(count))
+                at += copied
+
+    def _copy_inside(self, source: BinaryIO, at: int, count: int) -> int:
+        """Has the system copy bytes without a way through this process; 0 if it cannot."""
+        try:
+            return os.copy_file_range(source.fileno(), self._file.fileno(), count, at) if CAN_COPY else 0
+        except OSError as error:
+            if error.errno in CANNOT_COPY:
+                return 0
+            raise
 
 
 def hash_of_file(file: Path) -> str:
@@ -202,8 +212,5 @@ def hash_of_file(file: Path) -> str:
 
 
 CAN_COPY = hasattr(os, "copy_file_range")  # Linux alone
-
-
-def _pieces(size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, size, PIECE_BYTES):
-        yield start, min(PIECE_BYTES, size - start)
+CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""From another disk, on a file system that cannot do it, or forbidden."""

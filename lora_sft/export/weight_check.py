@@ -96,12 +96,13 @@ def random_vectors(columns: int, name: str) -> Tensor:
     return torch.randint(0, 2, (columns, VECTORS), generator=generator).float() * 2 - 1
 
 
-def check_tensor(name: str, dtype: torch.dtype, is_edited: bool, pieces: Expected) -> TensorCheck:
+def check_tensor(name: str, dtype: torch.dtype, is_edited: bool, pieces: Expected, slack: float = 0.0) -> TensorCheck:
     """One tensor against what it must be.
 
     Args:
         dtype: that it was written in.
         is_edited: whether the adapter changes it.
+        slack: what else explains a difference, as a share.
     """
     shared = update = apart = length = 0.0
     count = 0
@@ -115,5 +116,5 @@ def check_tensor(name: str, dtype: torch.dtype, is_edited: bool, pieces: Expecte
     share = math.sqrt(apart / length) if length else math.sqrt(apart)
     kept = shared / update if is_edited and update > 0 else None
     doubt = 4 * math.sqrt(apart / max(count, 1) / update) if update > 0 else 0.0
-    allowed = ROUNDING.get(dtype, 0.0) + ARITHMETIC
+    allowed = ROUNDING.get(dtype, 0.0) + ARITHMETIC + slack
     return TensorCheck(name, kept, share if math.isfinite(share) else math.inf, allowed, min(doubt, 0.5))

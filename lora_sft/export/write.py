@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,12 +34,12 @@ def write_model(merged: MergedModel, folder: Path, dtype: str) -> None:
         file = merged.base.stored[name].file.name
         shards[file][name] = Planned(merged.dtype_of(name, wanted), shape)
     total = sum(tensor.size for planned in shards.values() for tensor in planned.values())
-    with bar_of_bytes("writing", total) as advance:
+    with bar_of_bytes("writing", total) as advance, ThreadPoolExecutor(1) as pool:
         for file, planned in shards.items():
-            with TensorWriter(folder / file, planned) as writer:
+            with TensorWriter(folder / file, planned) as writer, _Line(pool) as line:
                 for name, tensor in planned.items():
-                    writer.begin(name)
-                    _write_tensor(merged, name, tensor, writer)
+                    line.put(writer.begin, name)
+                    _write_tensor(merged, name, tensor, writer, line)
                     advance(tensor.size)
     if list(shards) != [WEIGHTS]:
         places = {name: file for file, planned in shards.items() for name in planned}
@@ -47,13 +48,41 @@ def write_model(merged: MergedModel, folder: Path, dtype: str) -> None:
     merged.write_small_files(folder, dtype)
 
 
-def _write_tensor(merged: MergedModel, name: str, tensor: Planned, writer: TensorWriter) -> None:
+def _write_tensor(merged: MergedModel, name: str, tensor: Planned, writer: TensorWriter, line: "_Line") -> None:
     stored = merged.base.stored[name]
     if merged.is_as_stored(name) and stored.dtype == tensor.dtype:
-        writer.copy(stored)
+        line.put(writer.copy, stored)
         return
     for rows in merged.pieces(name):
-        writer.write(rows.to(tensor.dtype))
+        line.put(writer.write, rows.to(tensor.dtype))
+
+
+class _Line:
+    """What is to be written, one after the other in a thread of its own, while the next rows are computed."""
+
+    WAITING = 2
+    """Pieces that may wait, so that memory stays flat."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._waiting: deque[Future[None]] = deque()
+
+    def put(self, write: Callable[..., None], *given: object) -> None:
+        """Has `write` called in its turn; raises what an earlier one raised."""
+        self._waiting.append(self._pool.submit(write, *given))
+        while len(self._waiting) > self.WAITING:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> "_Line":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if kind is None:
+                waiting.result()
+            else:
+                waiting.cancel()
 
 
 @contextmanager

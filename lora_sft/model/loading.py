@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lora_sft.config import RunConfig
 from lora_sft.console import say
 from lora_sft.errors import ModelError
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
-HALVES = ("bfloat16", "float16", torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -139,8 +136,7 @@ def trained_base(
     Whether code that comes with the base may run is never read from the adapter: whoever loads it says so.
 
     Args:
-        as_recorded: the dtype of the training also where this device cannot compute in it; of a foreign adapter that
-            in which the base is published.
+        as_recorded: the dtype of the training also where this device cannot compute in it.
 
     Raises:
         ModelError: the folder holds no adapter.
@@ -171,9 +167,7 @@ def trained_base(
         raise ModelError(f"{folder}: adapter_config.json does not name the base model (base_model_name_or_path)")
     dtype, _ = choose_dtype(None, None, device)
     name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    spec = BaseSpec(name, revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    published = getattr(read_config(spec), "dtype", None) if as_recorded else None
-    return replace(spec, dtype=str(published).removeprefix("torch.")) if published in HALVES else spec
+    return BaseSpec(name, revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def recorded_quantization(folder: Path) -> dict[str, Any]:
@@ -188,5 +182,6 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
+    """The record of the run that made an adapter; empty for one that was trained elsewhere."""
     file = folder / MANIFEST
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
