@@ -14,8 +14,14 @@ from lora_sft.export.base_files import base_folder
 from lora_sft.export.gguf_convert import Conversion, Converted, convert, convert_lora
 from lora_sft.export.gguf_pre import derive_pre, is_byte_level, published_pre
 from lora_sft.export.gguf_types import OTHER_RULES, PRECISIONS, Precision
-from lora_sft.export.gguf_verify import look_at, verify
-from lora_sft.export.llama_cpp import RUNTIME, known_architectures, runtime_is_installed, the_converter
+from lora_sft.export.gguf_verify import Reference, look_at, verify
+from lora_sft.export.llama_cpp import (
+    RUNTIME,
+    known_architectures,
+    runtime_is_installed,
+    sentencepiece_is_installed,
+    the_converter,
+)
 from lora_sft.export.merged import open_merged
 from lora_sft.export.normal_form import refusals as normal_form_refusals
 from lora_sft.export.normal_form import write_normal_form
@@ -41,11 +47,13 @@ class Speech:
         pre: llama.cpp's name for the pre-tokenizer; None for tokenizers that have none (SentencePiece).
         stop_ids: tokens that end a reply.
         adds_bos: whether llama.cpp is to put the bos token first.
+        is_published: whether llama.cpp knows this very tokenizer.
     """
 
     pre: str | None
     stop_ids: list[int]
     adds_bos: bool
+    is_published: bool
 
 
 def gguf_refusals(facts: Facts, options: Mapping[str, Any]) -> list[str]:
@@ -66,6 +74,8 @@ def gguf_refusals(facts: Facts, options: Mapping[str, Any]) -> list[str]:
         for model_type, setting, needed in TAKEN_FOR_GRANTED
         if facts.config.model_type == model_type and getattr(facts.config, setting, needed) != needed
     ]
+    if not is_byte_level(facts.tokenizer) and not sentencepiece_is_installed():
+        problems.append(f"this tokenizer is SentencePiece's, which the converter reads with its package: {INSTALL}")
     if options.get("pre") is None and is_byte_level(facts.tokenizer) and _pre(facts.tokenizer, converter) is None:
         problems.append(
             "llama.cpp has no name for the way this tokenizer cuts text into words; if you know one that is equal, "
@@ -131,7 +141,9 @@ def _write(order: Order) -> dict[str, Any]:
     converted = convert(_conversion(order, converter, speech, precision, small, file, str(order.adapter)))
     shutil.rmtree(small)
     _say_types(converted, precision)
-    found = verify(file, look_at(order.adapter, order.spec, speech.stop_ids), precision)
+    # On the base as published there is nothing to compare with but the adapter on that base.
+    seen = _unquantized(order.spec) if order.onto == "original" else order.spec
+    found = verify(file, _reference(order, seen, speech), precision)
     return {
         "verified": found.as_result(),
         "file": file.name,
@@ -147,7 +159,7 @@ def _write_lora(order: Order) -> dict[str, Any]:
     precision = _chosen(order, "f32")
     converter = the_converter()
     speech = _speech(order, converter)
-    plain = replace(order.spec, quantization=None, double_quant=False)
+    plain = _unquantized(order.spec)
     config, base = read_config(plain), base_folder(plain)
     check_room(order.output, sum(file.stat().st_size for file in base.glob("*.safetensors")) * 2 + 2**24)
     file = order.folder / f"{order.output.name}-{precision.name.upper()}.gguf"
@@ -162,7 +174,7 @@ def _write_lora(order: Order) -> dict[str, Any]:
             "base", f"checked on the base as published, as llama.cpp will use it; trained was {order.spec.quantization}"
         )
     bound = PRECISIONS["f16"] if precision.name in ("f32", "f16") else precision
-    found = verify(whole, look_at(order.adapter, plain, speech.stop_ids), bound, lora=file)
+    found = verify(whole, _reference(order, plain, speech), bound, lora=file)
     shutil.rmtree(work)
     return {
         "verified": found.as_result(),
@@ -180,6 +192,14 @@ def _chosen(order: Order, usual: str) -> Precision:
     if missing := _packages():
         raise UsageError.of(missing)
     return PRECISIONS[name]
+
+
+def _unquantized(spec: BaseSpec) -> BaseSpec:
+    return replace(spec, quantization=None, double_quant=False)
+
+
+def _reference(order: Order, spec: BaseSpec, speech: Speech) -> Reference:
+    return look_at(order.adapter, spec, speech.stop_ids, is_published=speech.is_published)
 
 
 def _conversion(
@@ -221,11 +241,13 @@ def _speech(order: Order, converter: Path) -> Speech:
 
     has_tokenizer = (order.adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(order.adapter) if has_tokenizer else load_tokenizer(order.spec)
-    pre = order.options.get("pre")
+    published = published_pre(tokenizer, converter) if is_byte_level(tokenizer) else None
+    pre = order.options.get("pre") or published
     if pre is None and is_byte_level(tokenizer):
-        pre = _pre(tokenizer, converter)
+        pre = derive_pre(tokenizer)
         say("pre-tokenizer", f"{pre} (llama.cpp's name for how this tokenizer cuts text into words)")
-    return Speech(pre, _stop_ids(order.adapter, order.spec, tokenizer), _adds_bos(tokenizer))
+    is_published = not is_byte_level(tokenizer) or (pre is not None and pre == published)
+    return Speech(pre, _stop_ids(order.adapter, order.spec, tokenizer), _adds_bos(tokenizer), is_published)
 
 
 def _stop_ids(adapter: Path, spec: BaseSpec, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

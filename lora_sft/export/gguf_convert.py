@@ -8,7 +8,6 @@ when it writes it; the answer is the merged one, in float32, so that nothing is 
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import lora_sft
 from lora_sft.errors import RunError
 from lora_sft.export.gguf_types import PRECISIONS, Kernel, Shape, type_of
 from lora_sft.model.base import BaseSpec
+from lora_sft.model.device import peak_bytes
 
 ARENA = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 """Large tensors go back to the system when they are done with; glibc would keep them for many small arrays after."""
@@ -132,8 +132,8 @@ def main() -> None:
             writer.write()
         except FloatingPointError:
             raise SystemExit("a weight is larger than float16 can hold: choose quantization bf16 or f32") from None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    sys.stdout.write(f"\n{json.dumps(asdict(Converted(writer.types, writer.fallbacks, peak)))}\n")
+    converted = Converted(writer.types, writer.fallbacks, peak_bytes("cpu"))
+    sys.stdout.write(f"\n{json.dumps(asdict(converted))}\n")
 
 
 def _tensors(conversion: Conversion) -> tuple[dict[str, tuple[int, ...]] | None, Callable[[str], Any]]:

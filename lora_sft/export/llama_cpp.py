@@ -87,6 +87,11 @@ def runtime_is_installed() -> bool:
     return importlib.util.find_spec(RUNTIME) is not None
 
 
+def sentencepiece_is_installed() -> bool:
+    """Whether the converter can read a `tokenizer.model`."""
+    return importlib.util.find_spec("sentencepiece") is not None
+
+
 def _kept() -> Path:
     # Beside the cache of prepared data, not inside: there the oldest folders are forgotten.
     root = cache_folder("auto")

@@ -37,7 +37,7 @@ def ollama_refusals(facts: Facts, options: Mapping[str, Any]) -> list[str]:
     problems = list(GGUF.refusals(facts, _of_gguf(options)))
     try:
         _num_ctx(options)
-        derive(facts.tokenizer, {**getattr(facts, "template_variables", {}), **_asked_variables(options)})
+        derive(facts.tokenizer, {**facts.template_variables, **_asked_variables(options)})
     except (SettingError, TemplateError) as error:
         problems.append(str(error))
     return problems
