@@ -29,7 +29,7 @@ from lora_sft.export.normal_form import (
 )
 from lora_sft.export.normal_form import refusals as normal_form_refusals
 from lora_sft.export.target import Facts, Order, Target
-from lora_sft.export.verify import Verified, check_files, free_bytes
+from lora_sft.export.verify import Verified, free_bytes
 from lora_sft.model.base import BaseSpec, load_base, read_config
 from lora_sft.model.loading import load_adapter
 
@@ -145,7 +145,8 @@ def _unknown_to_mlx(config: "PretrainedConfig") -> list[str]:
 
 
 def _write_whole(order: Order) -> dict[str, Any]:
-    from lora_sft.export.merged import open_merged
+    from lora_sft.export.file_check import check_files
+from lora_sft.export.merged import open_merged
     from lora_sft.export.write import write_model
 
     asked = order.options.get("dtype", "auto")

@@ -5,9 +5,6 @@ held against what they compute, and then the next-token distributions of both mo
 is checked tensor by tensor against its files.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,11 @@ from torch import Tensor
 from lora_sft.console import say
 from lora_sft.errors import ModelError, SettingError, VerificationError
 from lora_sft.export.base_files import weight_tensors
-from lora_sft.export.edits import LowRank
 from lora_sft.export.fidelity import Fidelity, compare, logits_of, probes_of
+from lora_sft.export.file_check import check_files
+from lora_sft.export.live_check import check_live
 from lora_sft.export.merged import MergedModel
-from lora_sft.export.weight_check import ROUNDING, Expected, WeightCheck, check_tensor, random_vectors
+from lora_sft.export.weight_check import ROUNDING, WeightCheck
 from lora_sft.model.base import BaseSpec, load_base
 from lora_sft.model.loading import load_adapters, tokenizer_of
 
@@ -84,7 +82,7 @@ class Verified:
 
     def __str__(self) -> str:
         said = [str(one) for one in (self.fidelity, self.weights) if one is not None]
-        return "; ".join(said) or "not with the adapter, as asked for"
+        return "; ".join([*said, "it holds" if self.holds else "it does not hold"] if said else ["not compared"])
 
 
 def choose_way(wanted: str, merged: MergedModel, device: str) -> str:
@@ -157,149 +155,6 @@ def _probes(merged: MergedModel, spec: BaseSpec) -> list[Tensor]:
     say("probes", "random tokens (neither the adapter nor its base has a tokenizer)")
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, vocabulary, (1, 24), generator=generator) for _ in range(4)]
-
-
-def check_files(merged: MergedModel, folder: Path) -> WeightCheck:
-    """Every written tensor against base and adapter, each row multiplied with random vectors."""
-    written = weight_tensors(folder)
-    found = []
-    for name, tensor in written.items():
-        pieces = _projected(merged, name, tensor.read)
-        found.append(check_tensor(name, tensor.dtype, merged.is_edited(name), pieces))
-    return WeightCheck(found)
-
-
-def _projected(merged: MergedModel, name: str, read: Callable[[int, int], Tensor]) -> Expected:
-    """Row by row: written · x, base · x, and what it must be · x."""
-    stored = merged.base.stored[name]
-    if not stored.dtype.is_floating_point:
-        yield from ((a.float(), b.float(), b.float()) for a, b in [(read(0, stored.rows), stored.read(0, stored.rows))])
-        return
-    vectors = random_vectors(stored.columns, name)
-    base_rows, start = merged.base.rows(name), 0
-    thin = _thin(merged, name)
-    products = [(left, scale * (right @ vectors)) for left, right, scale in thin] if thin else []
-    for piece in merged.pieces(name) if thin is None else _lengths(stored.rows, stored.columns):
-        count = piece if isinstance(piece, int) else len(piece)
-        stop = start + count
-        base = base_rows(start, min(stop, stored.rows))
-        base = torch.nn.functional.pad(base, (0, 0, 0, count - len(base))) @ vectors
-        if isinstance(piece, int):
-            expected = base.clone()
-            for left, product in products:
-                expected += left[start:stop] @ product
-        else:
-            expected = piece @ vectors
-        yield read(start, stop).float() @ vectors, base, expected
-        start = stop
-
-
-def _thin(merged: MergedModel, name: str) -> list[tuple[Tensor, Tensor, float]] | None:
-    """The factors of a tensor that is base + low-rank updates and nothing else; None where it is more than that."""
-    edits = merged.edits_of(name)
-    place = merged.base.places.get(name)
-    simple = place is None or (place.matrix is None and not place.turned and place.first_row == 0)
-    if not simple or merged.blend.is_dense or len(merged.shapes[name]) != 2:
-        return None if edits else []
-    if any(not isinstance(edit, LowRank) or edit.magnitude is not None for edit in edits):
-        return None
-    parts = [edit.of(0) for edit in edits if isinstance(edit, LowRank)]
-    return [(part.left, part.right, part.scale) for part in parts]
-
-
-def _lengths(rows: int, columns: int) -> Iterator[int]:
-    step = max(PIECE // columns, 1)
-    for start in range(0, rows, step):
-        yield min(step, rows - start)
-
-
-def check_live(model: Any, merged: MergedModel, folder: Path, slack: float = 0.0) -> WeightCheck:
-    """Every written tensor against what the layers of PEFT's model stand for."""
-    layers = _Layers(model)
-    found = []
-    for name, tensor in weight_tensors(folder).items():
-        place = merged.base.places.get(name)
-        if place is None or not tensor.dtype.is_floating_point:
-            found.append(check_tensor(name, tensor.dtype, False, _projected(merged, name, tensor.read)))
-            continue
-        base, expected = layers.of(place.parameter, merged.is_turned_when_quantized(name))
-        if place.matrix is not None:
-            base, expected = base[place.matrix], expected[place.matrix]
-        if place.turned:
-            base, expected = base.mT, expected.mT
-        pieces = _whole(tensor.read, base, expected, place.first_row, tensor.rows, tensor.columns, name)
-        found.append(check_tensor(name, tensor.dtype, merged.is_edited(name), pieces, slack))
-    return WeightCheck(found)
-
-
-def _whole(
-    read: Callable[[int, int], Tensor],
-    base: Tensor,
-    expected: Tensor,
-    first: int,
-    rows: int,
-    columns: int,
-    name: str,
-) -> Expected:
-    base, expected = base.reshape(-1, columns), expected.reshape(-1, columns)
-    vectors, start = random_vectors(columns, name), 0
-    for count in _lengths(rows, columns):
-        there = slice(first + start, first + start + count)
-        yield (
-            read(start, start + count).float() @ vectors,
-            base[there].float().cpu() @ vectors,
-            expected[there].float().cpu() @ vectors,
-        )
-        start += count
-
-
-class _Layers:
-    """The layers of a PEFT model by the names that the base gives their parameters."""
-
-    def __init__(self, model: Any) -> None:
-        self._chains: dict[str, list[Any]] = defaultdict(list)
-        for name, module in model.base_model.model.named_modules():
-            self._chains[re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name)].append(module)
-
-    def of(self, parameter: str, turned: bool) -> tuple[Tensor, Tensor]:
-        """(the base's parameter, what it is with the adapter); `turned`: it was quantized the other way round."""
-        from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-        from peft.tuners.trainable_tokens import TrainableTokensLayer
-        from peft.utils.integrations import dequantize_module_weight
-        from peft.utils.other import ModulesToSaveWrapper
-
-        owner, _, leaf = parameter.rpartition(".")
-        chain = self._chains[owner]
-        inner = chain[-1]
-        base = dequantize_module_weight(inner) if leaf == "weight" else getattr(inner, leaf)
-        base = base.detach()
-        expected = base
-        for layer in reversed(chain):
-            if isinstance(layer, ModulesToSaveWrapper):
-                expected = getattr(layer.modules_to_save["default"], leaf).detach()
-            elif isinstance(layer, TrainableTokensLayer) and leaf == "weight":
-                expected = layer.get_merged_weights(["default"]).detach()
-            elif isinstance(layer, ParamWrapper) and layer.parameter_name == leaf:
-                expected = expected.float() + layer.get_delta_weight("default").detach().float()
-            elif isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper) and "default" in layer.r:
-                expected = _with_lora(layer, leaf, expected.float())
-        is_turned = turned and leaf == "weight"
-        return (base.T, expected.T) if is_turned else (base, expected)
-
-
-def _with_lora(layer: Any, leaf: str, base: Tensor) -> Tensor:
-    """A layer's weight or bias with its update, as PEFT 0.21 computes it."""
-    if leaf == "bias":
-        added = layer.lora_B["default"].bias if layer.lora_bias["default"] else None
-        return base if added is None else torch.add(base, added.detach().float(), alpha=layer.scaling["default"])
-    summed: Tensor = base + layer.get_delta_weight("default").detach().float()
-    if not layer.use_dora.get("default"):
-        return summed
-    by_column = bool(getattr(layer, "fan_in_fan_out", False)) or len(layer.lora_embedding_A) > 0
-    magnitude = layer.lora_magnitude_vector["default"].weight.detach().float()
-    dim = 0 if by_column else 1
-    lengths: Tensor = magnitude / summed.norm(dim=dim)
-    return summed * lengths.unsqueeze(dim)
 
 
 def _coarser(merged: MergedModel, folder: Path, *others: str) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PIECE = 2**21
+"""Numbers that are looked at together."""
 VECTORS = 8
 """Random vectors that each row is multiplied with."""
 
@@ -118,3 +120,10 @@ def check_tensor(name: str, dtype: torch.dtype, is_edited: bool, pieces: Expecte
     doubt = 4 * math.sqrt(apart / max(count, 1) / update) if update > 0 else 0.0
     allowed = ROUNDING.get(dtype, 0.0) + ARITHMETIC + slack
     return TensorCheck(name, kept, share if math.isfinite(share) else math.inf, allowed, min(doubt, 0.5))
+
+
+def steps(rows: int, columns: int) -> Iterator[int]:
+    """How many rows are looked at together, until all were."""
+    step = max(PIECE // columns, 1)
+    for start in range(0, rows, step):
+        yield min(step, rows - start)
