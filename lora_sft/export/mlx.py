@@ -20,6 +20,7 @@ from lora_sft.console import say
 from lora_sft.errors import ModelError, VerificationError
 from lora_sft.export.base_files import base_folder, weight_tensors
 from lora_sft.export.fidelity import compare, logits_of, probes_of
+from lora_sft.export.file_check import check_files
 from lora_sft.export.normal_form import (
     SETTINGS,
     adapts_embeddings,
@@ -145,8 +146,7 @@ def _unknown_to_mlx(config: "PretrainedConfig") -> list[str]:
 
 
 def _write_whole(order: Order) -> dict[str, Any]:
-    from lora_sft.export.file_check import check_files
-from lora_sft.export.merged import open_merged
+    from lora_sft.export.merged import open_merged
     from lora_sft.export.write import write_model
 
     asked = order.options.get("dtype", "auto")
