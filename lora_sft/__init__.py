@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from lora_sft.api import Chat, Run, evaluate, finetune, load, preview, validate
+    from lora_sft.api import Chat, Run, evaluate, export, finetune, load, merge, preview, validate
     from lora_sft.chat.labels import Example, Preview, encode
     from lora_sft.chat.rendering import Rendered, render
     from lora_sft.config import RunConfig
     from lora_sft.errors import LoraSftError
-    from lora_sft.export.merge import merge
 
 __version__ = "0.1.0"
 
@@ -31,9 +30,10 @@ _HOME = {
     "Preview": "chat.labels",
     "Run": "api",
     "evaluate": "api",
+    "export": "api",
     "finetune": "api",
     "load": "api",
-    "merge": "export.merge",
+    "merge": "api",
     "preview": "api",
     "validate": "api",
     "Example": "chat.labels",
@@ -54,6 +54,7 @@ __all__ = [
     "RunConfig",
     "encode",
     "evaluate",
+    "export",
     "finetune",
     "load",
     "merge",

@@ -348,6 +348,11 @@ class OutputSettings(Section):
     resume_from_checkpoint: str | bool | None = setting(
         None, "A checkpoint folder, or true for the last one in output_dir.", also=("resume", "resume_adapter_file")
     )
+    export_to: Names = setting(
+        [],
+        "Targets that the adapter will be exported to (gguf, ollama, vllm, …; `lora-sft export --help`): what they "
+        "would refuse is refused before training. Training itself exports nothing.",
+    )
 
 
 SECTIONS: tuple[type[Section], ...] = (ModelSettings, DataSettings, AdapterSettings, TrainingSettings, OutputSettings)

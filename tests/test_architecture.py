@@ -78,7 +78,9 @@ def _roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["init", "-"], ["schema"], ["templates"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["merge", "--help"], ["init", "-"], ["schema"], ["templates"]]
+)
 def test_quick_commands_do_not_import_torch(words):
     code = (
         "import sys\nfrom lora_sft.cli import main\n"
@@ -106,6 +108,7 @@ def test_the_public_names_are_there():
         "RunConfig",
         "encode",
         "evaluate",
+        "export",
         "finetune",
         "load",
         "merge",
@@ -115,6 +118,18 @@ def test_the_public_names_are_there():
     ]
     for name in lora_sft.__all__:
         assert getattr(lora_sft, name).__doc__
+
+
+@pytest.mark.skipif((PACKAGE / "export").is_dir(), reason="a folder of this name takes the place of the verb")
+def test_the_verbs_are_functions_whatever_was_imported_before():
+    code = (
+        "import lora_sft.api, lora_sft, importlib, pkgutil\n"
+        "for room in pkgutil.iter_modules(lora_sft.__path__):\n"
+        "    room.name == '__main__' or importlib.import_module(f'lora_sft.{room.name}')\n"
+        "from lora_sft import export, merge\n"
+        "assert [verb.__name__ for verb in (export, merge)] == ['export', 'merge']"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_telemetry_is_off_unless_the_user_turns_it_on():

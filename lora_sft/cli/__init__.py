@@ -43,9 +43,24 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _add_commands() -> None:
-    from lora_sft.cli import chat, demo, evaluate, generate, init, merge, preview, schema, templates, train, validate
+    from lora_sft.cli import (
+        chat,
+        demo,
+        doctor,
+        evaluate,
+        export,
+        generate,
+        init,
+        merge,
+        preview,
+        schema,
+        templates,
+        train,
+        validate,
+    )
 
-    for module in (demo, init, validate, preview, train, evaluate, chat, generate, merge, templates, schema):
+    journey = (demo, init, validate, preview, train, evaluate, chat, generate, merge, export, templates, doctor, schema)
+    for module in journey:
         commands.add_command(module.command)
 
 

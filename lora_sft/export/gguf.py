@@ -290,6 +290,7 @@ GGUF = Target(
         "quantization": f"How the weights are stored: {', '.join(PRECISIONS)} (default f16).",
         "pre": "llama.cpp's name for the pre-tokenizer, where none can be derived.",
     },
+    needs=readiness,
 )
 
 GGUF_ADAPTER = Target(
@@ -301,4 +302,6 @@ GGUF_ADAPTER = Target(
         "quantization": f"How the matrices are stored: {', '.join(ADAPTER_PRECISIONS)} (default f32).",
         "pre": "llama.cpp's name for the pre-tokenizer, where none can be derived.",
     },
+    makes_whole_model=False,
+    needs=readiness,
 )

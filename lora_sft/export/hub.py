@@ -104,8 +104,6 @@ def _merged_problems(folder: Path) -> list[str]:
 
 def refusals(facts: Facts, options: Mapping[str, Any]) -> list[str]:
     """What can be known without asking the hub."""
-    from huggingface_hub import constants, get_token
-
     try:
         push = read_push(options)
     except SettingError as error:
@@ -117,11 +115,17 @@ def refusals(facts: Facts, options: Mapping[str, Any]) -> list[str]:
             f"the adapter was trained on a folder ({base}), which nobody else has; say the base's hub name with "
             "base_model, or merge it and send that with merged"
         )
+    return problems + [words for words in readiness().values() if words]
+
+
+def readiness() -> dict[str, str]:
+    """{what sending needs: what is wrong with it, or ""}; the hub is not asked."""
+    from huggingface_hub import constants, get_token
+
     if constants.HF_HUB_OFFLINE:
-        problems.append("HF_HUB_OFFLINE is set, so nothing can be sent; unset it")
-    elif get_token() is None:
-        problems.append("no access token for the hub: `hf auth login` stores one, or set HF_TOKEN")
-    return problems
+        return {"hub": "HF_HUB_OFFLINE is set, so nothing can be sent; unset it"}
+    no_token = "no access token for the hub: `hf auth login` stores one, or set HF_TOKEN"
+    return {"hub": "" if get_token() else no_token}
 
 
 def write(order: Order) -> dict[str, Any]:
@@ -394,4 +398,7 @@ HUB = Target(
     refusals=refusals,
     write=write,
     options=OPTIONS,
+    makes_whole_model=False,
+    keeps_folder=False,
+    needs=readiness,
 )

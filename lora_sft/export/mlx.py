@@ -122,6 +122,11 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("mlx", "mlx_lm"))
 
 
+def readiness() -> dict[str, str]:
+    """{what a target of MLX needs: what is wrong with it, or ""}; without it the export is made, but not run."""
+    return {"mlx-lm": "" if is_installed() else NOT_INSTALLED}
+
+
 def why_not_run(weights: Path) -> str | None:
     """Why mlx-lm cannot be run on these weights here; None if it can."""
     if not is_installed():
@@ -383,10 +388,13 @@ MLX = Target(
     refusals=refusals,
     write=_write_whole,
     options={"dtype": f"Of the weights: {', '.join(DTYPES)}; auto takes that of the training."},
+    needs=readiness,
 )
 MLX_ADAPTER = Target(
     name="mlx-adapter",
     help="An adapters folder that mlx-lm loads on the base.",
     refusals=adapter_refusals,
     write=_write_adapter,
+    makes_whole_model=False,
+    needs=readiness,
 )

@@ -396,4 +396,5 @@ ADAPTER = Target(
     help="The adapter in the form that every server reads right: one rank, alpha = rank, no rsLoRA, no patterns.",
     refusals=refusals,
     write=_write,
+    makes_whole_model=False,
 )

@@ -110,8 +110,6 @@ def _say(found: GoTemplate, stops: Sequence[str]) -> None:
         f"equal to the chat template on {found.conversations} random conversations; replies end with "
         + ", ".join(stops),
     )
-    for note in found.notes:
-        say("Go template", note)
 
 
 def _tokenizer(order: Order) -> "PreTrainedTokenizerBase":
@@ -158,4 +156,5 @@ OLLAMA = Target(
     refusals=ollama_refusals,
     write=_write,
     options={**GGUF.options, **OWN_OPTIONS},
+    needs=GGUF.needs,
 )

@@ -20,12 +20,14 @@ class Facts:
         config: the base's.
         tokenizer: with the chat template that was trained.
         adds_tokens: whether the vocabulary grew beyond the base's.
+        template_variables: those that the chat template was given in training.
     """
 
     adapter: Mapping[str, Any]
     config: "PretrainedConfig"
     tokenizer: "PreTrainedTokenizerBase"
     adds_tokens: bool = False
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Target:
         write: fills `Order.folder`, proves what it wrote (`VerificationError` if it does not hold), and returns what
             belongs into the result: {"verified": {…}, "serve": the command that serves it, …}.
         options: {name: its help} of what the target can be told.
+        makes_whole_model: whether base and adapter become one, so that `Order.onto` means something.
+        keeps_folder: whether the folder is what the user wants; else it is sent away, and asked for only to be kept.
+        needs: {what it needs on this machine: what is wrong with it and how to mend that, or ""}; changes nothing.
     """
 
     name: str
@@ -67,3 +72,6 @@ class Target:
     refusals: Callable[[Facts, Mapping[str, Any]], list[str]]
     write: Callable[[Order], dict[str, Any]]
     options: Mapping[str, str] = field(default_factory=dict)
+    makes_whole_model: bool = True
+    keeps_folder: bool = True
+    needs: Callable[[], Mapping[str, str]] = dict

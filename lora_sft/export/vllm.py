@@ -137,4 +137,5 @@ VLLM = Target(
     refusals=refusals,
     write=_write,
     options={"name": "What requests ask for as `model`; by default the folder's name."},
+    makes_whole_model=False,
 )

@@ -5,9 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_sft.chat import check as checking
-from lora_sft.cli import main
+from lora_sft.cli import doctor, main
+from lora_sft.export.targets import TARGETS, find_target
 from tests.conftest import HARBOUR
 
 QUICK = [
@@ -93,6 +96,83 @@ def test_merge_prints_what_was_compared(adapter, tmp_path, capsys):
     result = json.loads(out)
     assert (code, result["output_dir"], result["dtype"]) == (0, str(tmp_path / "merged"), "float32")
     assert {"max_abs_logit_diff", "mean_kl", "top1_agreement"} <= set(result["verified"])
+
+
+def test_several_adapters_are_merged_with_weights(adapter, tmp_path, capsys):
+    words = ["merge", adapter, adapter, "--output", tmp_path / "merged", "--verify", "tensors", "--json"]
+    assert run(capsys, *words, "--weights", "0.5,0.5")[0] == 0
+    run(capsys, "merge", adapter, "--output", tmp_path / "one")
+    both, one = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "one"))
+    for name in one:
+        torch.testing.assert_close(both[name], one[name])
+    parts = [part["weight"] for part in json.loads((tmp_path / "merged" / "merge.json").read_text())["adapters"]]
+    assert parts == [0.5, 0.5]
+    words = ["merge", adapter, adapter, "--output", tmp_path / "other"]
+    code, _, err = run(capsys, *words, "--weights", "0.5")
+    assert (code, "1 weights for 2 adapters; give one for each" in err) == (2, True)
+    assert "such as 0.7,0.3" in run(capsys, *words, "--weights", "half")[2]
+
+
+def test_merge_tries_both_bases_on_an_evaluation_set(adapter, tmp_path, capsys):
+    words = ["merge", adapter, "--base", "auto", "--eval-dataset", HARBOUR, "--output", tmp_path / "merged", "--json"]
+    code, out, err = run(capsys, *words)
+    assert (code, set(json.loads(out)["losses"])) == (0, {"trained", "original"})
+    assert "mean KL from what was trained" in err
+
+
+def test_export_prints_what_was_proven_and_how_to_serve_it(adapter, tmp_path, capsys):
+    code, out, err = run(capsys, "export", "vllm", adapter, "--output", tmp_path / "out")
+    assert (code, out) == (0, "")
+    assert "verified: modules 14, largest relative difference" in err
+    assert "serve: vllm serve" in err
+    assert "note: trained on a base in nf4" in err
+
+
+@pytest.mark.parametrize("option", [["name=pip"], ["--name", "pip"], ["--name=pip"]])
+def test_target_and_adapter_may_stand_in_either_order(adapter, tmp_path, capsys, option):
+    code, out, _ = run(capsys, "export", adapter, "vllm", *option, "--output", tmp_path / "out", "--json")
+    result = json.loads(out)
+    assert (code, result["target"], result["output_dir"]) == (0, "vllm", str(tmp_path / "out"))
+    assert f"--lora-modules pip={tmp_path / 'out'}" in result["serve"]
+
+
+def test_export_says_what_it_takes(adapter, tmp_path, capsys):
+    for words, said in (
+        (["gguf"], "takes a target and an adapter folder, not gguf: lora-sft export gguf"),
+        (["gguff", adapter], '"gguff" is no target; did you mean gguf?'),
+        ([adapter, "gguff"], '"gguff" is no target; did you mean gguf?'),
+        (["vllm", adapter, "--output", tmp_path / "o", "nmae=x"], 'no option "nmae"; did you mean name?'),
+        (["vllm", adapter, "--name"], "--name needs a value"),
+        (["vllm", adapter], "name it with output (--output)"),
+    ):
+        code, out, err = run(capsys, "export", *words)
+        assert (code, out) == (2, "")
+        assert said in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_help_of_export_lists_targets_and_their_options(capsys):
+    out = run(capsys, "export", "--help")[1]
+    for target in map(find_target, TARGETS):
+        assert f"\n{target.name}:\n" in out
+        assert all(f"{name}=…" in out for name in target.options)
+
+
+def test_the_doctor_tells_of_packages_devices_targets_and_disk(capsys, monkeypatch):
+    code, out, _ = run(capsys, "doctor", "--json")
+    checks = {check["topic"]: check for check in json.loads(out)["checks"]}
+    assert code == 0
+    assert checks["torch"] == {"topic": "torch", "status": "ok", "words": torch.__version__}
+    assert {"python", "platform", "vllm", "disk here", *(f"export {name}" for name in TARGETS)} <= set(checks)
+    assert any(topic == "device" or topic.startswith("cuda:") for topic in checks)
+    honest = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: {"trl": "0.1", "peft": None}.get(name, honest(name)))
+    monkeypatch.setitem(TARGETS, "vllm", "no_such_file.VLLM")
+    code, out, _ = run(capsys, "doctor")
+    lines = {line.split()[1]: line.split()[0] for line in out.splitlines()}
+    assert (code, lines["trl"], lines["peft"], lines["torch"]) == (0, "bad", "bad", "ok")
+    assert re.search(r"bad +export vllm +ModuleNotFoundError", out)
+    assert re.search(r"peft +not installed; pip install 'peft>=", out)
 
 
 def test_generate_replies_to_prompts_and_to_lines(adapter, capsys, monkeypatch):
