@@ -94,8 +94,12 @@ def difference(folder: Path) -> dict[str, float]:
     from safetensors import safe_open
 
     def tensors(where: Path) -> dict[str, Any]:
-        return {name: file for path in sorted(where.glob("*.safetensors")) for file in [safe_open(path, "pt")]
-                for name in file.keys()}  # noqa: SIM118 - not a dict
+        return {
+            name: file
+            for path in sorted(where.glob("*.safetensors"))
+            for file in [safe_open(path, "pt")]
+            for name in list(file.keys())
+        }
 
     base, out, adapter = (tensors(folder / name) for name in ("base", "out", "adapter"))
     squares = total = 0.0
@@ -131,7 +135,8 @@ def main(rounds: int = 3) -> None:
                 found[size][side] |= difference(folder)
             for side, numbers in found[size].items():
                 print(f"{size}, {side}: {numbers}")
-            print(f"{size}: ours over PEFT's time {found[size]['ours']['seconds'] / found[size]['PEFT']['seconds']:.2f}")
+            ratio = found[size]["ours"]["seconds"] / found[size]["PEFT"]["seconds"]
+            print(f"{size}: ours over PEFT's time {ratio:.2f}")
     print(json.dumps(found))
 
 

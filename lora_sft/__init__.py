@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from lora_sft.api import Chat, Run, evaluate, export, finetune, load, merge, preview, validate
+    from lora_sft.api import Chat, Run, evaluate, export, finetune, load, preview, validate
     from lora_sft.chat.labels import Example, Preview, encode
     from lora_sft.chat.rendering import Rendered, render
     from lora_sft.config import RunConfig
     from lora_sft.errors import LoraSftError
+    from lora_sft.merging.merge import merge
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,7 @@ _HOME = {
     "export": "api",
     "finetune": "api",
     "load": "api",
-    "merge": "api",
+    "merge": "merging.merge",
     "preview": "api",
     "validate": "api",
     "Example": "chat.labels",

@@ -11,25 +11,22 @@ from lora_sft.chat.probe import guess_stop_token
 from lora_sft.chat.stops import stop_tokens_of
 from lora_sft.chat.templates import find_template, shipped_templates
 from lora_sft.config import RunConfig
-from lora_sft.console import console, is_main_process, say
+from lora_sft.console import console, is_main_process
 from lora_sft.data.conversation import Message
 from lora_sft.data.intake import Intake
-from lora_sft.errors import DataError, SettingError, UsageError
-from lora_sft.export.card import model_card
-from lora_sft.export.export import export as export  # is public here
-from lora_sft.export.export import refuse_exports
-from lora_sft.export.merge import Losses
-from lora_sft.export.merge import merge as merge_folders
-from lora_sft.export.public import read_run
-from lora_sft.export.targets import refuse_unknown
-from lora_sft.model.base import BaseSpec
+from lora_sft.errors import DataError
+from lora_sft.exporting.export import export as export  # is public here
+from lora_sft.exporting.export import refuse_exports
+from lora_sft.exporting.targets import refuse_unknown
+from lora_sft.merging.merge import merge
 from lora_sft.model.generation import reply
-from lora_sft.model.loading import MANIFEST, load_model, manifest_of, tokenizer_of, trained_base
+from lora_sft.model.loading import MANIFEST, load_model
 from lora_sft.model.tiny import tokenizer_for
-from lora_sft.model.tokenizer import prepare_speech, read_generation_config
+from lora_sft.model.tokenizer import prepare_speech
 from lora_sft.preparation.dataset import conversations_of, sources_of
 from lora_sft.preparation.prepare import prepare, render_conversation
 from lora_sft.preparation.validation import Report, validate_conversations
+from lora_sft.publishing.card import model_card
 from lora_sft.report.page import report_page
 from lora_sft.report.progress import LiveDisplay
 from lora_sft.report.views import data_view
@@ -213,86 +210,6 @@ def evaluate(
             base = measure(loaded.model, prepared.examples, pad_token_id, batch_size)
         found |= {f"base_{name}": base[name] for name in ("loss", "perplexity", "token_accuracy")}
     return found
-
-
-def merge(
-    adapter: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    base: str = "trained",
-    eval_dataset: Any = None,
-    losses: Losses | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Merges an adapter, or several, into their base, and compares the result with the adapter.
-
-    Args:
-        adapter: the adapter folder; several are added up.
-        output: the folder of the merged model; must not exist yet, or be empty.
-        base: trained (the weights that training saw: of a quantized base, dequantized), original (as published), or
-            auto, which makes both and keeps the one with the lower loss, if that can be measured.
-        eval_dataset: conversations for `base: auto` to measure on, given like that of `finetune`, and read as the run
-            of the (first) adapter read its own; None takes that run's own, if it had one.
-        losses: a folder → its loss, instead.
-        options: dtype, quantize, weights, combination, density, verify, device and trust_remote_code, as of `merge` in
-            `merge.py`.
-
-    Returns:
-        {"output_dir", "base", "onto", "dtype", "verified", "peak_rss_bytes", "seconds"}, and "losses" ({base: nats a
-        token}) if they were measured.
-
-    Raises:
-        UsageError: no adapter there, it cannot be merged, its base or the evaluation set cannot be had, or the output
-            folder holds something.
-        VerificationError: the merged model differs from the adapter; it is kept under a name that says so.
-    """
-    if eval_dataset is not None and base != "auto":
-        raise SettingError(f"eval_dataset is for base: auto, to choose a base by its loss; here base is {base}")
-    first = Path(adapter if isinstance(adapter, (str, Path)) else adapter[0])
-    if base == "auto" and losses is None:
-        losses = _losses(first, eval_dataset, options.get("device", "auto"), options.get("trust_remote_code", False))
-    measured: dict[str, float] = {}
-
-    def measure_and_note(folder: Path) -> float:
-        assert losses is not None
-        measured[folder.name.removeprefix(".")] = loss = losses(folder)
-        return loss
-
-    result = merge_folders(adapter, output, base=base, losses=measure_and_note if losses else None, **options)
-    return result | ({"losses": measured} if measured else {})
-
-
-def _losses(adapter: Path, given: Any, device: str, trust_remote_code: bool) -> Losses | None:
-    """What measures a merged folder on an evaluation set; on the run's own if none is given, and None without one.
-
-    Raises:
-        UsageError: the set that was given cannot be read.
-    """
-    config = read_run(adapter) or RunConfig()
-    dataset = config.eval_dataset if given is None else given
-    if dataset is None:
-        return None
-    spec = trained_base(adapter, device, trust_remote_code)
-    if spec.quantization is None:  # then there is one base only
-        return None
-    manifest, tokenizer = manifest_of(adapter), tokenizer_of(adapter, spec)
-    speech = prepare_speech(tokenizer, read_generation_config(BaseSpec(str(adapter))) or read_generation_config(spec))
-    variables, replies = manifest.get("chat_template_kwargs", {}), manifest.get("replies", {})
-    try:
-        sources = sources_of(dataset, config, config.eval_dataset_split or config.dataset_split)
-        stream = conversations_of(sources, Intake(), config.on_bad_row)
-        prepared = prepare(stream, speech, config.max_length, variables=variables, **replies)
-    except UsageError as error:
-        if given is not None:
-            raise
-        say("loss", f"not measured: the run's own eval_dataset cannot be read any more ({error})")
-        return None
-
-    def loss_of(folder: Path) -> float:
-        model = load_model(folder, device, trust_remote_code).model
-        return measure(model, prepared.examples, int(tokenizer.pad_token_id))["loss"]
-
-    return loss_of
 
 
 def validate(

@@ -115,7 +115,7 @@ def _gpu(number: int) -> Check:
 
 def _targets() -> Iterator[Check]:
     """What each target needs; one that cannot be asked, because a package is broken, says so."""
-    from lora_sft.export.targets import TARGETS, find_target
+    from lora_sft.exporting.targets import TARGETS, find_target
 
     for name in TARGETS:
         try:

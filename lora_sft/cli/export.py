@@ -15,7 +15,7 @@ class TargetsCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The command's own options, then the targets with theirs."""
-        from lora_sft.export.targets import TARGETS, find_target
+        from lora_sft.exporting.targets import TARGETS, find_target
 
         super().format_options(ctx, formatter)
         for target in map(find_target, TARGETS):
@@ -62,7 +62,7 @@ def read_words(words: Sequence[str]) -> tuple[str, str, dict[str, str]]:
     Raises:
         SettingError: there are not just these two, or none is a target.
     """
-    from lora_sft.export.targets import TARGETS, refuse_unknown
+    from lora_sft.exporting.targets import TARGETS, refuse_unknown
 
     names, options = _split(words)
     if len(names) != 2:

@@ -64,8 +64,8 @@ from lora_sft.errors import SettingError
 def command(adapters: tuple[str, ...], output: str, weights: str | None, as_json: bool, **options: Any) -> None:
     """Merge the folder ADAPTER, or several, into the base, and compare the result with the adapter."""
     parts = _numbers(weights)
-    from lora_sft.api import merge
     from lora_sft.console import say
+    from lora_sft.merging.merge import merge
 
     result = merge(adapters[0] if len(adapters) == 1 else list(adapters), output, weights=parts, **options)
     if as_json:

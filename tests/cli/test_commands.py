@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lora_sft.chat import check as checking
 from lora_sft.cli import doctor, main
-from lora_sft.export.targets import TARGETS, find_target
+from lora_sft.exporting.targets import TARGETS, find_target
 from tests.conftest import HARBOUR
 
 QUICK = [

@@ -1,1 +1,0 @@
-"""An adapter → the form in which it is served."""

@@ -1,0 +1,1 @@
+"""A chat template → the Go template that Ollama needs, derived and proven."""

@@ -1,0 +1,1 @@
+"""llama.cpp's own converter, kernels and runtime, for the GGUF targets."""
