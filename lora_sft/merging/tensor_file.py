@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import BinaryIO
 
@@ -133,11 +134,11 @@ class Planned:
 
 
 class TensorWriter:
-    """One safetensors file, its header written first; the tensors follow in the order in which they were planned."""
+    """One safetensors file, its header written first; then tensors in any order, also from several threads."""
 
     def __init__(self, file: Path, planned: Mapping[str, Planned]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._starts: dict[str, int] = {}
+        starts: dict[str, int] = {}
         end = 0
         for name, tensor in planned.items():
             header[name] = {
@@ -145,15 +146,15 @@ class TensorWriter:
                 "shape": list(tensor.shape),
                 "data_offsets": [end, end + tensor.size],
             }
-            self._starts[name] = end
+            starts[name] = end
             end += tensor.size
         words = json.dumps(header, separators=(",", ":")).encode()
         words += b" " * (-len(words) % 8)  # the numbers begin at a multiple of 8
-        self._first = 8 + len(words)
-        self._planned = dict(planned)
+        first = 8 + len(words)
+        self._starts = {name: first + start for name, start in starts.items()}
         self._file = file.open("wb", buffering=0)
         self._file.write(len(words).to_bytes(8, "little") + words)
-        self._expected = self._first + end
+        self._missing, self._lock = end, Lock()
 
     def __enter__(self) -> "TensorWriter":
         return self
@@ -163,43 +164,55 @@ class TensorWriter:
     ) -> None:
         try:
             if kind is None:
-                if (length := self._file.tell()) != self._expected:
-                    raise RuntimeError(f"{self._file.name}: {length:,} of {self._expected:,} bytes were written")
+                if self._missing:
+                    raise RuntimeError(f"{self._file.name}: {self._missing:,} bytes were not written")
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
 
-    def begin(self, name: str) -> None:
-        """What follows belongs to this tensor."""
-        if self._file.tell() != self._first + self._starts[name]:
-            raise RuntimeError(f"{name} is not the next tensor of {self._file.name}")
-
-    def write(self, rows: Tensor) -> None:
-        """Rows of the tensor that was begun, of its dtype."""
+    def write(self, name: str, offset: int, rows: Tensor) -> None:
+        """Rows of a tensor, of its dtype, at `offset` bytes from where it begins."""
         view = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self._put(view, self._starts[name] + offset)
+
+    def _put(self, view: memoryview, at: int) -> None:
+        count = len(view)
         while view:
-            view = view[self._file.write(view) :]
+            done = os.pwrite(self._file.fileno(), view, at)
+            view, at = view[done:], at + done
+        self._count(count)
 
-    def copy(self, tensor: StoredTensor) -> None:
-        """The tensor that was begun is this one, as it is stored."""
+    def _count(self, written: int) -> None:
+        with self._lock:
+            self._missing -= written
+
+    def copy(self, name: str, tensor: StoredTensor) -> None:
+        """A tensor as it is stored elsewhere."""
         with tensor.file.open("rb", buffering=0) as source:
-            at, end = tensor.start, tensor.start + tensor.size
-            while at < end:
-                count = min(PIECE_BYTES, end - at)
-                copied = self._copy_inside(source, at, count)
+            start, target, end = tensor.start, self._starts[name], tensor.size
+            done = 0
+            while done < end:
+                count = min(PIECE_BYTES, end - done)
+                copied = self._copy_inside(source, start + done, target + done, count)
                 if not copied:
-                    source.seek(at)
-                    copied = self._file.write(source.read(count))
-                at += copied
+                    source.seek(start + done)
+                    piece = source.read(count)
+                    if not piece:
+                        raise ModelError(f"{tensor.file}: ends before {tensor.name} does; the file is cut off")
+                    self._put(memoryview(piece), target + done)
+                    copied = len(piece)
+                done += copied
 
-    def _copy_inside(self, source: BinaryIO, at: int, count: int) -> int:
+    def _copy_inside(self, source: BinaryIO, at: int, target: int, count: int) -> int:
         """Has the system copy bytes without a way through this process; 0 if it cannot."""
         try:
-            return os.copy_file_range(source.fileno(), self._file.fileno(), count, at) if CAN_COPY else 0
+            copied = os.copy_file_range(source.fileno(), self._file.fileno(), count, at, target) if CAN_COPY else 0
         except OSError as error:
             if error.errno in CANNOT_COPY:
                 return 0
             raise
+        self._count(copied)
+        return copied
 
 
 def hash_of_file(file: Path) -> str:

@@ -15,6 +15,9 @@ from lora_sft.merging.base_files import INDEX, WEIGHTS
 from lora_sft.merging.merged import MergedModel
 from lora_sft.merging.tensor_file import Planned, TensorWriter
 
+WRITERS = 2
+"""Threads that write: copying into the system's cache takes longer than computing."""
+
 
 def written_bytes(merged: MergedModel, dtype: str) -> int:
     """What the weights take on disk."""
@@ -34,11 +37,10 @@ def write_model(merged: MergedModel, folder: Path, dtype: str) -> None:
         file = merged.base.stored[name].file.name
         shards[file][name] = Planned(merged.dtype_of(name, wanted), shape)
     total = sum(tensor.size for planned in shards.values() for tensor in planned.values())
-    with bar_of_bytes("writing", total) as advance, ThreadPoolExecutor(1) as pool:
+    with bar_of_bytes("writing", total) as advance, ThreadPoolExecutor(WRITERS) as pool:
         for file, planned in shards.items():
             with TensorWriter(folder / file, planned) as writer, _Line(pool) as line:
                 for name, tensor in planned.items():
-                    line.put(writer.begin, name)
                     _write_tensor(merged, name, tensor, writer, line)
                     advance(tensor.size)
     if list(shards) != [WEIGHTS]:
@@ -51,16 +53,19 @@ def write_model(merged: MergedModel, folder: Path, dtype: str) -> None:
 def _write_tensor(merged: MergedModel, name: str, tensor: Planned, writer: TensorWriter, line: "_Line") -> None:
     stored = merged.base.stored[name]
     if merged.is_as_stored(name) and stored.dtype == tensor.dtype:
-        line.put(writer.copy, stored)
+        line.put(writer.copy, name, stored)
         return
+    offset = 0
     for rows in merged.pieces(name):
-        line.put(writer.write, rows.to(tensor.dtype))
+        rows = rows.to(tensor.dtype)
+        line.put(writer.write, name, offset, rows)
+        offset += rows.nbytes
 
 
 class _Line:
-    """What is to be written, one after the other in a thread of its own, while the next rows are computed."""
+    """What is to be written, in threads of its own while the next rows are computed."""
 
-    WAITING = 2
+    WAITING = WRITERS + 1
     """Pieces that may wait, so that memory stays flat."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -68,7 +73,7 @@ class _Line:
         self._waiting: deque[Future[None]] = deque()
 
     def put(self, write: Callable[..., None], *given: object) -> None:
-        """Has `write` called in its turn; raises what an earlier one raised."""
+        """Has `write` called; raises what an earlier one raised."""
         self._waiting.append(self._pool.submit(write, *given))
         while len(self._waiting) > self.WAITING:
             self._waiting.popleft().result()
