@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import BinaryIO
 
 import torch
@@ -156,19 +155,16 @@ class TensorWriter:
         self._file.write(len(words).to_bytes(8, "little") + words)
         self._missing, self._lock = end, Lock()
 
-    def __enter__(self) -> "TensorWriter":
-        return self
+    def finish(self) -> None:
+        """Sees to it that every byte is there and on the disk."""
+        if self._missing:
+            raise RuntimeError(f"{self._file.name}: {self._missing:,} bytes were not written")
+        os.fsync(self._file.fileno())
+        self.close()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                if self._missing:
-                    raise RuntimeError(f"{self._file.name}: {self._missing:,} bytes were not written")
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+    def close(self) -> None:
+        """Lets the file go, finished or not."""
+        self._file.close()
 
     def write(self, name: str, offset: int, rows: Tensor) -> None:
         """Rows of a tensor, of its dtype, at `offset` bytes from where it begins."""

@@ -5,7 +5,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -37,12 +37,18 @@ def write_model(merged: MergedModel, folder: Path, dtype: str) -> None:
         file = merged.base.stored[name].file.name
         shards[file][name] = Planned(merged.dtype_of(name, wanted), shape)
     total = sum(tensor.size for planned in shards.values() for tensor in planned.values())
-    with bar_of_bytes("writing", total) as advance, ThreadPoolExecutor(WRITERS) as pool:
+    with bar_of_bytes("writing", total) as advance, ThreadPoolExecutor(WRITERS) as pool, ExitStack() as opened:
+        finishing = []
         for file, planned in shards.items():
-            with TensorWriter(folder / file, planned) as writer, _Line(pool) as line:
+            writer = TensorWriter(folder / file, planned)
+            opened.callback(writer.close)
+            with _Line(pool) as line:
                 for name, tensor in planned.items():
                     _write_tensor(merged, name, tensor, writer, line)
                     advance(tensor.size)
+            finishing.append(pool.submit(writer.finish))  # the disk takes its time; the next shard need not wait
+        for one in finishing:
+            one.result()
     if list(shards) != [WEIGHTS]:
         places = {name: file for file, planned in shards.items() for name in planned}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
