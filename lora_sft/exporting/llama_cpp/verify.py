@@ -145,7 +145,7 @@ def verify(file: Path, reference: Reference, precision: Precision, lora: Path | 
     found = judge(ask(file, reference.questions, lora), reference, precision)
     fidelity = found.fidelity
     say(
-        "verified",
+        "compared",
         f"in llama.cpp: mean KL {fidelity.mean_kl:.1e} (the adapter's own effect: {fidelity.adapter_effect:.1e}), "
         f"likeliest token the same at {fidelity.top1_agreement:.1%}, token ids "
         f"{'equal' if found.token_ids_equal else 'DIFFERENT'}, greedy replies "
