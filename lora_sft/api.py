@@ -14,11 +14,12 @@ from lora_sft.config import RunConfig
 from lora_sft.console import console, is_main_process
 from lora_sft.data.conversation import Message
 from lora_sft.data.intake import Intake
-from lora_sft.errors import DataError
+from lora_sft.errors import DataError, RunError
 from lora_sft.exporting.export import export as export  # is public here
 from lora_sft.exporting.export import refuse_exports
 from lora_sft.exporting.targets import refuse_unknown
 from lora_sft.merging.merge import merge
+from lora_sft.model.disk import full_disk_told
 from lora_sft.model.generation import reply
 from lora_sft.model.loading import MANIFEST, load_model
 from lora_sft.model.tiny import tokenizer_for
@@ -119,12 +120,13 @@ def finetune(
             folder.write("bad_rows.jsonl", job.intake.bad_rows())
         console().print(data_view(job))
         followers = [LiveDisplay()] if listeners is None else listeners
-        outcome = train(job, folder, objects["model"], followers)
-        if is_main_process():
-            manifest = make_manifest(outcome.model, job, outcome.result)
-            folder.write("README.md", model_card(manifest, job.config, folder.path.name, outcome.metrics))
-            folder.write("report.html", report_page(job, manifest, outcome.metrics, folder.path.name))
-            folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
+        with full_disk_told(folder.path, job.output_bytes, f"output_dir {folder.path}", RunError):
+            outcome = train(job, folder, objects["model"], followers)
+            if is_main_process():
+                manifest = make_manifest(outcome.model, job, outcome.result)
+                folder.write("README.md", model_card(manifest, job.config, folder.path.name, outcome.metrics))
+                folder.write("report.html", report_page(job, manifest, outcome.metrics, folder.path.name))
+                folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
     finally:
         folder.release()
     variables = job.config.chat_template_kwargs

@@ -60,6 +60,19 @@ Cadence = Annotated[
 NamesOrRegex = Annotated[str | list[str], BeforeValidator(_split_names)]
 
 
+RUN_PARTS = ("data", "evaluation_data", "base", "chat_template", "stop_tokens", "processes")
+"""What a run is made of besides its settings, in the words of `resume_with_changed`."""
+
+
+def _read_resume(value: Any) -> Any:
+    """The words of the command line as booleans; nothing at all is `auto`."""
+    words = {"true": True, "yes": True, "last": True, "false": False, "no": False, "auto": "auto"}
+    return "auto" if value is None else words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Resume = Annotated[bool | str, BeforeValidator(_read_resume)]
+
+
 class Section(BaseModel):
     """Base of the groups below. Unknown names are an error, never ignored."""
 
@@ -202,6 +215,11 @@ class DataSettings(Section):
     on_bad_row: Literal["error", "skip"] = setting(
         "error", "A row that cannot be trained on: an error, or left out, counted and written to bad_rows.jsonl."
     )
+    max_lost_share: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.5,
+        "The run is refused if more than this share of the rows would be lost (bad, too long, shortened, or nothing in "
+        "them learned), or only repeats other rows; 1 accepts all.",
+    )
     mix_replacement: bool = setting(
         False, "With weights: repeat a source that runs out; else the mix ends with the first that does."
     )
@@ -282,6 +300,11 @@ class TrainingSettings(Section):
         "Gradients are scaled down to this norm; 0 leaves them.",
         also=("gradient_clipping", "grad_clip", "max_norm"),
     )
+    stop_when_diverging: bool = setting(
+        True,
+        "End the run when the learning rate is far too high: the model no longer knows the rows that it began with, or "
+        "the adapter's update is ten times as large as the matrices that it adds to. NaN and Inf always end it.",
+    )
     optim: str = setting(
         "adamw_torch_fused",
         "Optimizer, by its name in transformers: adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, …",
@@ -345,8 +368,15 @@ class OutputSettings(Section):
     output_dir: str | None = setting(
         None, "Folder of the adapter. Unset: the next free runs/NNN.", also=("output", "output_path", "adapter_path")
     )
-    resume_from_checkpoint: str | bool | None = setting(
-        None, "A checkpoint folder, or true for the last one in output_dir.", also=("resume", "resume_adapter_file")
+    resume_from_checkpoint: Resume = setting(
+        "auto",
+        "auto: a run that was broken off in output_dir goes on, one that is finished is left alone. true: there has to "
+        "be one. A checkpoint folder: from that one. false: output_dir has to be empty.",
+        also=("resume", "resume_adapter_file"),
+    )
+    resume_with_changed: Names = setting(
+        [],
+        f"What may be otherwise in a resumed run than when it was begun: names of settings, or {', '.join(RUN_PARTS)}.",
     )
     export_to: Names = setting(
         [],
@@ -421,6 +451,11 @@ class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings,
             (
                 self.eval_size > 0 and self.eval_dataset is not None,
                 "eval_size and eval_dataset are both given; choose one",
+            ),
+            (
+                bool(strangers := set(self.resume_with_changed) - set(RunConfig.model_fields) - set(RUN_PARTS)),
+                f"resume_with_changed: {', '.join(sorted(strangers))}: is neither a setting nor one of "
+                f"{', '.join(RUN_PARTS)}",
             ),
             (self.eval_strategy == "steps" and self.eval_steps is None, "eval_strategy steps needs eval_steps"),
             (

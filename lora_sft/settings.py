@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def resolve(*layers: Mapping[str, Any]) -> RunConfig:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
+        _refuse_twice_named(layer)
         ours, said = translate(
             {_name(key): str(value) if isinstance(value, Path) else value for key, value in layer.items()}
         )
@@ -63,6 +65,14 @@ def resolve(*layers: Mapping[str, Any]) -> RunConfig:
 
 def _name(written: str) -> str:
     return written.replace("-", "_")
+
+
+def _refuse_twice_named(layer: Mapping[str, Any]) -> None:
+    """`learning-rate` and `learning_rate` in one place: one would win in silence."""
+    written: dict[str, str] = {}
+    for key in layer:
+        if (other := written.setdefault(_name(key), key)) != key:
+            raise SettingError(f"{other} and {key} are one setting; keep one of them")
 
 
 def _claim_unknown(ours: dict[str, Any]) -> None:
@@ -86,6 +96,8 @@ def _refuse_what_is_ours(settings: Mapping[str, Any]) -> None:
     names = given if isinstance(given, dict) else {}
     problems = [f"{name}: {why}" for name, why in NOT_PASSED_ON.items() if name in names]
     problems += [f"training_args.{name}: {_OTHER_SETTING}, {name}" for name in names if name in RunConfig.model_fields]
+    endless = [name for name, value in {**names, **settings}.items() if isinstance(value, float) and isinf(value)]
+    problems += [f"{name}: {settings.get(name, names.get(name))} is no number to compute with" for name in endless]
     if problems:
         raise SettingError.of(problems)
 
@@ -185,7 +197,9 @@ def _put(found: dict[str, Any], name: str, text: str) -> None:
     else:
         value = read_yaml(text)
     if key:
-        found.setdefault(field, {})[key] = value
+        if not isinstance(found.setdefault(field, {}), dict):
+            raise SettingError(f"{name}: {field} has the value {found[field]!r}, and so no {key} in it")
+        found[field][key] = value
     else:
         found[name] = value
 
@@ -214,6 +228,8 @@ def _unique_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, (str, int, float, bool)):
+            raise yaml.MarkedYAMLError(problem="a name must be a word", problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"{key} stands twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -223,12 +239,45 @@ def _unique_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_keys)
 
 
+YAML_BYTES, YAML_NODES = 2**20, 100_000
+"""The largest file of settings, and the values that it may stand for when every alias is written out."""
+
+BROKEN = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, LookupError, AttributeError)
+"""What broken YAML raises: PyYAML leaves `!!int x`, a number of 5,000 digits and a list as a key to Python."""
+
+
 def read_yaml(text: str) -> Any:
     """YAML text → plain values; text that is no YAML stays text."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        return _load(text)
+    except BROKEN:
         return text
+
+
+def _load(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values_in(node, {}) > YAML_NODES:
+            raise yaml.MarkedYAMLError(
+                problem=f"its aliases stand for more than {YAML_NODES:,} values", problem_mark=node.start_mark
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node is when every alias in it is written out."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = YAML_NODES + 1  # of one that holds itself
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
+    return known[id(node)]
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -240,9 +289,13 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise SettingError(f"{path}: no such file; `lora-sft init {path}` writes one")
+    if path.stat().st_size > YAML_BYTES:
+        raise SettingError(f"{path}: has {path.stat().st_size:,} bytes; settings take no more than {YAML_BYTES:,}")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = _load(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise SettingError(f"{path}: brackets stand in brackets too deep to be settings") from None
+    except BROKEN as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise SettingError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_sft.chat.rendering import Rendered, render
+from lora_sft.chat.rendering import Rendered, prompt_text, render
 from lora_sft.chat.scenarios import Scenario, scenarios
 from lora_sft.chat.turns import DROPPED, REWRITTEN, STATUSES
 from lora_sft.errors import TemplateError
@@ -62,6 +62,10 @@ def _try(
     variables: dict[str, Any],
 ) -> Finding:
     template = chat_template or str(tokenizer.chat_template)
+    try:  # within its limits first: transformers sets none
+        prompt_text(scenario.messages, tokenizer, scenario.tools, template, add_generation_prompt=False, **variables)
+    except TemplateError as error:
+        return Finding(scenario.name, UNSUPPORTED, [str(error)])
     try:
         text = tokenizer.apply_chat_template(
             scenario.messages, tools=scenario.tools, chat_template=template, tokenize=False, **variables

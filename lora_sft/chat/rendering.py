@@ -88,6 +88,24 @@ def render(
     ).rendered()
 
 
+def prompt_text(
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    **template_variables: Any,
+) -> str:
+    """What transformers' `apply_chat_template` writes, within the limits that are set to a template.
+
+    Raises:
+        TemplateError: no template, or one that fails on these messages or takes too much.
+    """
+    rendering = _Rendering(messages, tokenizer, tools, chat_template, [], False, template_variables)
+    rendering.variables["add_generation_prompt"] = add_generation_prompt
+    return rendering.plain
+
+
 def render_turns(
     messages: Sequence[Message],
     tokenizer: "PreTrainedTokenizerBase",

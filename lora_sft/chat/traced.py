@@ -132,12 +132,13 @@ class Traced(str):
         if not old:
             return self._same(str.replace(self, old, new, count))
         # What is put in stands for what it replaces.
-        found, position, left = self._part(0, 0), 0, count.__index__()
+        origins: list[int] = []
+        position, left = 0, count.__index__()
         while left and (place := self.find(old, position)) >= 0:
-            owner = self.origins[place]
-            found = found + self._part(position, place) + Traced(str.__str__(new), [owner] * len(new), self.trace)
+            origins += self.origins[position:place]
+            origins += self.origins[place : place + 1] * len(new)
             position, left = place + len(old), left - 1
-        return found + self._part(position, len(self))
+        return Traced(str.replace(self, old, new, count), origins + self.origins[position:], self.trace)
 
     def join(self, parts: Iterable[str]) -> "Traced":
         return join(parts, self, self.trace)

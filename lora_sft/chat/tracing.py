@@ -19,9 +19,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from lora_sft.chat.forward import reads_forward
+from lora_sft.chat.limits import SOURCE, Limits, Weighed, limited
 from lora_sft.chat.traced import Trace, Traced, join, own_words
 
-FAILURES = (JinjaError, TypeError, ValueError, KeyError, AttributeError)
+FAILURES = (
+    *(JinjaError, SyntaxError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
 """What a template may raise on messages that it cannot render."""
 
 
@@ -75,9 +79,14 @@ class TracedTemplate:
     def __init__(self, source: str) -> None:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        self.plain = _compile_jinja_template(source)
-        environment = self.plain.environment.overlay()
-        assert isinstance(environment, ImmutableSandboxedEnvironment)
+        self._limits = Limits()
+        if len(source) > SOURCE:
+            self._limits.refuse(f"has {len(source):,} characters")
+        # Of an empty template: compiling computes what is constant, and what this one has is not weighed yet.
+        sandbox = _compile_jinja_template("").environment
+        assert isinstance(sandbox, ImmutableSandboxedEnvironment)
+        self.plain = self._compiled_in(sandbox, source)
+        environment = sandbox.overlay()
         self._trace = Trace()
         environment.filters = {
             **environment.filters,
@@ -96,12 +105,25 @@ class TracedTemplate:
         self.forward = reads_forward(tree)
         self.generation_prompts: dict[tuple[str, ...], str] = {}
         self.is_marked = any(_is_generation_block(block) for block in tree.find_all(nodes.CallBlock))
-        tree = _Marks().visit(tree)
+        limited(environment, self._limits)
+        tree = _Marks().visit(Weighed().visit(tree))
         code = environment.compile(tree)
         self.template = Template.from_code(environment, code, environment.make_globals(None))
 
+    def _compiled_in(self, sandbox: ImmutableSandboxedEnvironment, source: str) -> Template:
+        """The template as transformers compiles it, but weighed."""
+        environment = sandbox.overlay()
+        for extension in environment.extensions.values():
+            if hasattr(extension, "activate_tracker"):  # that of this environment, not of the one that it is laid over
+                environment.activate_tracker = extension.activate_tracker  # type: ignore[attr-defined]
+        limited(environment, self._limits)
+        tree = Weighed().visit(environment.parse(source))
+        code = environment.compile(tree)
+        return Template.from_code(environment, code, environment.make_globals(None))
+
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Traced:
         """The text with the origin of each character."""
+        self._limits.begin((messages, variables))
         self._trace = trace = Trace()
         copies = [_traced_message(message, index, trace) for index, message in enumerate(messages)]
         trace.indices = {id(copy): index for index, copy in enumerate(copies)}
@@ -117,18 +139,20 @@ class TracedTemplate:
 
     def plain_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """The text as transformers renders it."""
+        self._limits.begin((messages, variables))
         return str(self.plain.render(**{**variables, "messages": list(messages)}))
 
     def marked_text(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text as transformers renders it, and what stands in the template's own `{% generation %}` blocks."""
+        self._limits.begin((messages, variables))
         pieces: list[str] = []
         marks: list[tuple[int, int]] = []
-        with self.plain.environment.activate_tracker(pieces, marks):
+        with self.plain.environment.activate_tracker(pieces, marks):  # type: ignore[attr-defined]
             for piece in self.plain.generate(**{**variables, "messages": list(messages)}):
                 pieces.append(piece)
-        return "".join(pieces), marks
+            return self.plain.environment.concat(pieces), marks
 
     # The marks. What is passed the context is no constant, so Jinja does not compute them while it compiles.
 

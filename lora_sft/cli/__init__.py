@@ -53,14 +53,16 @@ def _add_commands() -> None:
         init,
         merge,
         preview,
+        replay,
         schema,
         templates,
         train,
         validate,
     )
 
-    journey = (demo, init, validate, preview, train, evaluate, chat, generate, merge, export, templates, doctor, schema)
-    for module in journey:
+    to_a_model = (demo, init, validate, preview, train, replay)
+    from_a_model = (evaluate, chat, generate, merge, export)
+    for module in (*to_a_model, *from_a_model, templates, doctor, schema):
         commands.add_command(module.command)
 
 

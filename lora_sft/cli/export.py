@@ -36,10 +36,19 @@ class TargetsCommand(click.Command):
     help="What a whole model is made from: the weights that training saw (of a quantized base, dequantized), or those "
     "that were published.",
 )
+@click.option(
+    "--force", is_flag=True, help="Export although the adapter or its base is not as the run that made it left it."
+)
 @model_options
 @json_option
 def command(
-    words: tuple[str, ...], output: str | None, base: str, device: str, trust_remote_code: bool, as_json: bool
+    words: tuple[str, ...],
+    output: str | None,
+    base: str,
+    force: bool,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Export the folder ADAPTER: lora-sft export gguf runs/first --output out quantization=q8_0.
 
@@ -49,7 +58,7 @@ def command(
     target, adapter, options = read_words(words)
     from lora_sft.api import export
 
-    result = export(adapter, target, output, base, device, trust_remote_code, **options)
+    result = export(adapter, target, output, base, device, trust_remote_code, force, **options)
     if as_json:
         print_json(result)
     else:

@@ -59,6 +59,9 @@ from lora_sft.errors import SettingError
     default=None,
     help="Conversations by whose loss --base auto chooses. Unset: the eval_dataset of the run, if it had one.",
 )
+@click.option(
+    "--force", is_flag=True, help="Merge although the adapter or its base is not as the run that made it left it."
+)
 @model_options
 @json_option
 def command(adapters: tuple[str, ...], output: str, weights: str | None, as_json: bool, **options: Any) -> None:

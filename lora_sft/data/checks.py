@@ -1,5 +1,6 @@
 """A conversation → what a person should know of it before it is trained on."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,13 +45,18 @@ def _is_system(conversation: Conversation, index: int) -> bool:
 
 
 def _odd_characters(conversation: Conversation) -> Iterator[Problem]:
-    """Lone surrogates, which no tokenizer can read, and NULs, which are a sign of a broken file."""
+    """Lone surrogates, which no tokenizer can read, NULs, which are a sign of a broken file, NaN and infinities."""
     for name, value in (
         ("messages", conversation.messages),
         ("tools", conversation.tools),
         ("text", conversation.text),
     ):
-        for field, text in _texts(value, name):
+        for field, text in _leaves(value, name):
+            if isinstance(text, float):
+                if not math.isfinite(text):
+                    words = f"is {text}, which JSON does not have"
+                    yield Problem(conversation.source, field, words, "give a number or text")
+                continue
             if "\0" in text:
                 yield Problem(conversation.source, field, "holds a NUL character", "take it out")
             if not text.isascii() and (place := _surrogate(text)) is not None:
@@ -66,14 +72,14 @@ def _surrogate(text: str) -> int | None:
     return None
 
 
-def _texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
-    """(where it stands, text) of all text in a value, keys included."""
-    if isinstance(value, str):
+def _leaves(value: Any, field: str) -> Iterator[tuple[str, str | float]]:
+    """(where it stands, itself) of all text and floats in a value, keys included."""
+    if isinstance(value, (str, float)):
         yield field, value
     elif isinstance(value, dict):
         for key, item in value.items():
             yield field, str(key)
-            yield from _texts(item, f"{field}.{key}")
+            yield from _leaves(item, f"{field}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _texts(item, f"{field}[{index}]")
+            yield from _leaves(item, f"{field}[{index}]")

@@ -213,7 +213,7 @@ def _from_alpaca(value: dict[str, Any], place: Place, reading: Reading) -> Conve
     for index, pair in enumerate(_list(history, place.at(".history")) if history else []):
         where = place.at(f".history[{index}]")
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise where.wrong("is not a pair of question and answer")
+            raise where.wrong("is not a pair of question and answer", "give [question, answer]")
         messages += [
             {"role": "user", "content": _text(pair[0], where)},
             {"role": "assistant", "content": _text(pair[1], where)},
@@ -322,6 +322,8 @@ def _message(message: Any, place: Place, reading: Reading) -> Message:
         message.pop("tool_calls", None)
     if role == "assistant" and not {"content", "tool_calls", "reasoning_content"} & set(message):
         raise place.wrong("the assistant says nothing", "a reply has content or tool_calls")
+    if role != "assistant" and "content" not in message:
+        raise place.wrong(f"has no content, only {', '.join(map(str, message))}", 'give it as "content", if only ""')
     return {"content": "", **message, **_whether_learned(message, place)}
 
 
@@ -375,7 +377,7 @@ def _numbers(value: Any, place: Place) -> list[int]:
 
 def _list(value: Any, place: Place) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise place.wrong("is not a list with something in it")
+        raise place.wrong("is not a list with something in it", "give a list, or leave the row out")
     return value
 
 
@@ -386,9 +388,12 @@ def _json(text: Any, place: Place) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise place.wrong(f"no valid JSON at column {error.colno}: {error.msg}") from None
+        raise place.wrong(f"no valid JSON at column {error.colno}: {error.msg}", IN_A_STRING) from None
     except (RecursionError, ValueError) as error:
-        raise place.wrong(f"no valid JSON: {error}") from None
+        raise place.wrong(f"no valid JSON: {error}", IN_A_STRING) from None
+
+
+IN_A_STRING = "text stands here where a list or an object is read; it must then be their JSON"
 
 
 def _tools(tools: Any, place: Place) -> list[dict[str, Any]] | None:
@@ -398,7 +403,7 @@ def _tools(tools: Any, place: Place) -> list[dict[str, Any]] | None:
     if not found:
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise here.wrong("is not a list of function schemas")
+        raise here.wrong("is not a list of function schemas", "give a list, if only of one")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in found]
 
 
@@ -407,7 +412,7 @@ def _tool_call(call: Any, place: Place) -> dict[str, Any]:
     call = _json(call, place)
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise place.wrong('is not a call with "name" and "arguments"')
+        raise place.wrong('is not a call with "name" and "arguments"', "a call is {name: text, arguments: {…}}")
     extra = {key: call[key] for key in ("id",) if "function" in call and key in call}
     arguments = _json(function.get("arguments", {}), place.at(".arguments"))
     arguments = {} if arguments is None else arguments

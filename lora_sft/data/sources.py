@@ -63,10 +63,11 @@ def files_of(name: str) -> list[Path] | None:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in READERS)
+        # A link that leads nowhere is no file; it is listed, so that reading it tells.
+        found = [file for file in path.rglob("*") if _kind(file) in READERS and (file.is_file() or file.is_symlink())]
         if not found:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-        return found
+        return sorted(found)
     if glob.has_magic(name):
         matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [Path(match) for match in matches if Path(match).is_file()]
@@ -89,7 +90,12 @@ def _read_path_or_hub(name: str, split: str) -> Iterator[Row]:
         return
     for file in files:
         shown = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        yield from _read_file(file, shown)
+        is_empty = True
+        for row in _read_file(file, shown):
+            is_empty = False
+            yield row
+        if is_empty and len(files) > 1:
+            raise DataError(f"{file}: holds no rows, unlike the other files; is it whole? Take it out if it is")
 
 
 def _read_file(path: Path, shown: str) -> Iterator[Row]:
@@ -131,9 +137,11 @@ def _read_jsonl(stream: BinaryIO, shown: str) -> Iterator[Row]:
 
 def _parsed(text: str, source: str) -> Row:
     try:
-        return Row(json.loads(text), source)
+        return Row(_DECODER.decode(text), source)
     except json.JSONDecodeError as error:
         return Row(text, source, Problem(source, "", f"no valid JSON at column {error.colno}: {error.msg}", ONE_A_LINE))
+    except _TwiceError as error:
+        return Row(text, source, Problem(source, "", str(error), "one of the two would be lost: keep one"))
     except RecursionError:
         return Row(text, source, Problem(source, "", "is nested too deeply", "flatten it"))
     except ValueError as error:  # a number of over 4,300 digits
@@ -143,12 +151,27 @@ def _parsed(text: str, source: str) -> Row:
 ONE_A_LINE = "a .jsonl file holds one JSON object a line"
 
 
+class _TwiceError(ValueError):
+    """A key stands twice in an object; JSON does not say which of the two counts."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(f'"{next(name for name in names if names.count(name) > 1)}" stands twice in an object')
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def _read_json(stream: BinaryIO, shown: str) -> Iterator[Row]:
     """A list of rows; each is made when it is asked for, so only the text is in memory."""
     text, problem = _decoded(stream.read(), shown, is_first=True)
     if problem:
         raise DataError(str(problem))
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    line, counted = 1, 0
     position = _behind_space(text, 0)
     if text[position : position + 1] != "[":
         raise DataError(
@@ -160,7 +183,7 @@ def _read_json(stream: BinaryIO, shown: str) -> Iterator[Row]:
         before, line = line, line + text.count("\n", counted, position)
         counted, number = position, number + 1
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, position)
             # Where several rows share a line, their number tells them apart.
             yield Row(value, f"{shown}:{line}" if line > before or number == 1 else f"{shown}[{number}]")
             position = _behind_space(text, position)
@@ -175,12 +198,16 @@ def _read_json(stream: BinaryIO, shown: str) -> Iterator[Row]:
             raise DataError(f"{shown}:{_where(error, line)}; the rest of the file cannot be read") from None
     if text[position : position + 1] != "]":
         raise DataError(f"{shown}: the list of rows is not closed: the file is cut off")
+    behind = _behind_space(text, position + 1)
+    if behind < len(text):
+        line += text.count("\n", counted, behind)
+        raise DataError(f"{shown}:{line}: something stands behind the list of rows; a .json file holds one list")
 
 
 def _where(error: Exception, line: int) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.lineno}: no valid JSON at column {error.colno}: {error.msg}"
-    return f"{line}: no valid JSON: {error}"
+    return f"{line}: {error}" if isinstance(error, _TwiceError) else f"{line}: no valid JSON: {error}"
 
 
 def _behind_space(text: str, position: int) -> int:
@@ -221,6 +248,8 @@ def _read_csv(stream: BinaryIO, shown: str) -> Iterator[Row]:
             continue
         if names is None:
             names = values
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise DataError(f"{shown}:1: the column {twice[0]!r} stands twice; one of the two would be lost")
         elif values:
             source = f"{shown}:{begins}"
             if not problems and len(values) != len(names):
@@ -247,7 +276,8 @@ def _read_parquet(stream: BinaryIO, shown: str) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        yield from _rows_of_batches(ParquetFile(stream).iter_batches(), shown)
+        # Checksums are few writers' habit; where there are some, they are looked at.
+        yield from _rows_of_batches(ParquetFile(stream, page_checksum_verification=True).iter_batches(), shown)
     except ArrowException as error:
         raise DataError(f"{shown}: cannot be read as Parquet: {error}") from None
 

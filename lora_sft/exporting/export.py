@@ -12,9 +12,11 @@ from lora_sft.config import RunConfig
 from lora_sft.errors import ModelError, SettingError
 from lora_sft.exporting.target import Facts, Order, Target
 from lora_sft.exporting.targets import find_target, nearest
+from lora_sft.merging.merge import look_at_parts
 from lora_sft.merging.staging import refuse_used, staged
 from lora_sft.model.base import BaseSpec, read_config
 from lora_sft.model.device import peak_bytes
+from lora_sft.model.disk import writing
 from lora_sft.model.loading import manifest_of, tokenizer_of, trained_base
 from lora_sft.training.job import Job
 
@@ -31,6 +33,7 @@ def export(
     base: str = "trained",
     device: str = "auto",
     trust_remote_code: bool = False,
+    force: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes an adapter, or base and adapter as one model, in the form that a server wants, and proves what it wrote.
@@ -44,6 +47,7 @@ def export(
             dequantized) or original (as published).
         device: where the adapter runs on its base to be compared with.
         trust_remote_code: run Python code that comes with the base.
+        force: export although the adapter or its base is not as the run that made the adapter left it.
         options: of the target, as `lora-sft export --help` lists them.
 
     Returns:
@@ -65,6 +69,7 @@ def export(
     if final is not None:
         refuse_used(final)
     spec = trained_base(folder, device, trust_remote_code, as_recorded=True)
+    look_at_parts(folder, spec, force)
     if problems := asked.refusals(facts_of(folder, spec), given):
         raise ModelError.of([f"{target}: {words}" for words in problems])
     with _place_for(final, folder.name) as (place, name):
@@ -108,8 +113,9 @@ def _place_for(output: Path | None, name: str) -> Iterator[tuple[Path, Path]]:
         return
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
-        folder.mkdir()
-        yield folder, folder
+        with writing(folder):
+            folder.mkdir()
+            yield folder, folder
 
 
 def facts_of(adapter: Path, spec: BaseSpec) -> Facts:

@@ -28,7 +28,8 @@ from lora_sft.merging.base_files import base_folder
 from lora_sft.merging.merged import open_merged
 from lora_sft.merging.staging import check_room
 from lora_sft.model.base import BaseSpec, read_config
-from lora_sft.model.tokenizer import load_tokenizer, read_generation_config
+from lora_sft.model.loading import tokenizer_of
+from lora_sft.model.tokenizer import read_generation_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -237,10 +238,7 @@ def _say_types(converted: Converted, precision: Precision) -> None:
 
 def _speech(order: Order, converter: Path) -> Speech:
     """What the file must know about text, from the adapter's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    has_tokenizer = (order.adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(order.adapter) if has_tokenizer else load_tokenizer(order.spec)
+    tokenizer = tokenizer_of(order.adapter, order.spec)
     published = published_pre(tokenizer, converter) if is_byte_level(tokenizer) else None
     pre = order.options.get("pre") or published
     if pre is None and is_byte_level(tokenizer):

@@ -20,8 +20,7 @@ from lora_sft.errors import SettingError, TemplateError, VerificationError
 from lora_sft.exporting.gguf import GGUF
 from lora_sft.exporting.go.derive import GoTemplate, derive
 from lora_sft.exporting.target import Facts, Order, Target
-from lora_sft.model.loading import MANIFEST
-from lora_sft.model.tokenizer import load_tokenizer
+from lora_sft.model.loading import MANIFEST, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +81,7 @@ def adds_bos(gguf: Path) -> bool:
 def _write(order: Order) -> dict[str, Any]:
     """The GGUF as its own target writes it, and the Modelfile."""
     num_ctx, variables = _num_ctx(order.options), _trained_variables(order.adapter) | _asked_variables(order.options)
-    tokenizer = _tokenizer(order)
+    tokenizer = tokenizer_of(order.adapter, order.spec)
     derive(tokenizer, variables)  # before the slow part
     result = GGUF.write(replace(order, options=_of_gguf(order.options)))
     found = derive(tokenizer, variables, without=_left_to_ollama(order.folder / result["file"], tokenizer))
@@ -110,14 +109,6 @@ def _say(found: GoTemplate, stops: Sequence[str]) -> None:
         f"equal to the chat template on {found.conversations} random conversations; replies end with "
         + ", ".join(stops),
     )
-
-
-def _tokenizer(order: Order) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    if (order.adapter / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(order.adapter)
-    return load_tokenizer(order.spec)
 
 
 def _trained_variables(adapter: Path) -> dict[str, Any]:

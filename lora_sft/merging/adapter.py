@@ -17,12 +17,12 @@ from torch import Tensor
 from lora_sft.errors import ModelError
 from lora_sft.merging.edits import Addition, Edit, LowRank, Read, ReadRows, Replacement, Rows, straight, turned
 from lora_sft.merging.tensor_file import stored_tensors
+from lora_sft.model.foreign import WEIGHTS as WEIGHTS
+from lora_sft.model.foreign import read_adapter_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
-
-WEIGHTS = "adapter_model.safetensors"
 
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Starts that take something out of the base: unless it was saved as a plain LoRA, the adapter needs that base."""
@@ -51,10 +51,7 @@ def read_edits(folder: Path, skeleton: "PreTrainedModel") -> AdapterEdits:
     Raises:
         ModelError: it cannot be merged, does not fit this base, or a tensor of it has no place; names which.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise ModelError(
-            f"{folder}: has no {WEIGHTS}; other weight files are not read, since loading them can run code"
-        )
+    read_adapter_config(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     settings = _settings(folder)
     ends = _ends(skeleton)

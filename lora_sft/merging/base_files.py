@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_sft.errors import ModelError
 from lora_sft.merging.tensor_file import StoredTensor, stored_tensors
-from lora_sft.model.base import BaseSpec
+from lora_sft.model.base import BaseSpec, inside, shards_of
 
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What goes with the weights: settings, tokenizer, and the code of models that bring their own."""
@@ -42,7 +42,7 @@ def weight_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: a file is missing, or is no safetensors file.
     """
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        index = shards_of(folder)
         files = sorted(set(index.values()))
     elif (folder / WEIGHTS).is_file():
         index, files = None, [WEIGHTS]
@@ -77,11 +77,13 @@ def copy_small_files(
         for file in base.glob(pattern):
             of_speech = file.name.startswith(SPEECH)
             if not file.name.endswith(".index.json") and not (of_speech and brings_tokenizer and other_vocabulary):
+                inside(base, file.name)
                 shutil.copyfile(file, folder / file.name)
     if adapter is not None and brings_tokenizer:
         for pattern in ("*.json", "*.jinja", "*.model", "*.txt"):
             for file in adapter.glob(pattern):
                 if file.name.startswith(SPEECH) or file.name == "generation_config.json":
+                    inside(adapter, file.name)
                     shutil.copyfile(file, folder / file.name)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_sft.chat.rendering import prompt_text
 from lora_sft.data.conversation import Message
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def probes_of(tokenizer: "PreTrainedTokenizerBase") -> list[Tensor]:
 def _tokens(tokenizer: "PreTrainedTokenizerBase", message: Message) -> Tensor:
     if tokenizer.chat_template is None:
         return tokenizer(message["content"], return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
-    prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return prompt["input_ids"]  # type: ignore[no-any-return]
+    text = prompt_text([message], tokenizer)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
 
 
 def logits_of(model: Any, probes: Sequence[Tensor]) -> list[Tensor]:

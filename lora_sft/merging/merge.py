@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ from lora_sft.merging.staging import check_room, refuse_used, staged
 from lora_sft.merging.tensor_file import hash_of_file
 from lora_sft.merging.verify import Reference, Verified, choose_way, refer, verify
 from lora_sft.merging.write import write_model, written_bytes
-from lora_sft.model.base import BaseSpec, load_base
+from lora_sft.model.base import BaseSpec, load_base, read_config, skeleton
 from lora_sft.model.device import peak_bytes
+from lora_sft.model.foreign import read_adapter_config, refuse_odd_weights, refuse_slow_patterns, wrong_parts
 from lora_sft.model.loading import manifest_of, trained_base
 from lora_sft.publishing.card import merged_card
 from lora_sft.publishing.public import MERGE_RECORD, read_metrics, read_run
@@ -70,6 +71,7 @@ def merge(
     device: str = "auto",
     trust_remote_code: bool = False,
     eval_dataset: Any = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Merges an adapter, or several, into their base. Memory stays flat: rows are read, summed and written.
 
@@ -89,13 +91,14 @@ def merge(
         trust_remote_code: run Python code that comes with the base.
         eval_dataset: conversations for `base: auto` to go by, given like that of `finetune`, and read as the run of the
             (first) adapter read its own; None takes that run's own, if it had one.
+        force: merge although an adapter or the base is not as the run that made the adapter left it.
 
     Returns:
         {"output_dir", "base", "onto", "dtype", "verified", "peak_rss_bytes", "seconds"}, and "losses" ({base: nats a
         token}) if they were measured.
 
     Raises:
-        ModelError: no adapter there, it cannot be merged, or its base cannot be had.
+        ModelError: no adapter there, it cannot be merged, its base cannot be had, or either was changed.
         OutputError: the output folder holds something, or the disk has no room.
         VerificationError: the merged model differs from the adapter; it is kept under a name that says so.
     """
@@ -108,11 +111,15 @@ def merge(
     blend = Blend(tuple(weights or (1.0,) * len(folders)), combination, density)
     refuse_used(output)
     spec = _common_base(folders, device, trust_remote_code)
+    base_folder(spec)
+    for one in folders:
+        look_at_parts(one, spec, force)
     dtype = spec.dtype if dtype == "auto" else dtype
     onto = _choose_bases(wishes.base, spec)
     merged = [open_merged(folders, spec, one, blend) for one in onto]
-    check_room(output, len(merged) * written_bytes(merged[0], dtype))
-    with staged(output) as folder:
+    needed = len(merged) * written_bytes(merged[0], dtype)
+    check_room(output, needed)
+    with staged(output, needed) as folder:
         if len(merged) == 1:
             found = _merge_onto(merged[0], folder, dtype, wishes, device)
         else:
@@ -175,6 +182,26 @@ def _common_base(folders: Sequence[Path], device: str, trust_remote_code: bool) 
                 f"{specs[0].quantization or specs[0].dtype}; merge with base: original after a look at what it changes"
             )
     return specs[0]
+
+
+def look_at_parts(folder: Path, spec: BaseSpec, force: bool) -> None:
+    """Raises ModelError if an adapter holds NaN, or it or its base is not as the run left it; `force` only says so.
+
+    The base is compared as far as its files are here.
+    """
+    refuse_odd_weights(folder)
+    refuse_slow_patterns(read_adapter_config(folder), _names_in(spec), str(folder / "adapter_config.json"))
+    wrong = wrong_parts(folder, manifest_of(folder), spec)
+    if wrong and not force:
+        raise ModelError.of([f"{words}; if you know better, use force=True (--force)" for words in wrong])
+    for words in wrong:
+        say("warning", words)
+
+
+def _names_in(spec: BaseSpec) -> Iterator[str]:
+    """The names of the base's modules and parameters; the model is built without weights when they are asked for."""
+    shape = skeleton(read_config(spec), spec)
+    yield from (name for name, _ in (*shape.named_modules(), *shape.named_parameters()))
 
 
 def _published_dtype(spec: BaseSpec) -> str:

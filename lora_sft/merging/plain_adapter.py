@@ -4,7 +4,6 @@ Neither PEFT nor transformers is imported for it, which would take longer and mo
 Whatever is not certain from the files is left to `adapter.py`, which asks PEFT.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from lora_sft.merging.edits import Edit, LowRank, straight
 from lora_sft.merging.tensor_file import StoredTensor, stored_tensors
+from lora_sft.model.foreign import read_adapter_config
 
 LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 ENDS = ("embed", "wte", "word_embeddings", "lm_head", "output", "head")
@@ -35,7 +35,7 @@ def plain_edits(folder: Path, weights_file: str, base: Mapping[str, StoredTensor
     Args:
         base: the base's tensors, by their names on disk.
     """
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_adapter_config(folder)
     if not _is_plain(settings):
         return None
     pairs: dict[str, dict[str, StoredTensor]] = {}

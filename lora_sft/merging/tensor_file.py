@@ -151,9 +151,14 @@ class TensorWriter:
         words += b" " * (-len(words) % 8)  # the numbers begin at a multiple of 8
         first = 8 + len(words)
         self._starts = {name: first + start for name, start in starts.items()}
+        self._missing, self._lock = first + end, Lock()
         self._file = file.open("wb", buffering=0)
-        self._file.write(len(words).to_bytes(8, "little") + words)
-        self._missing, self._lock = end, Lock()
+        try:
+            self._file.truncate(first + end)  # says how long it is meant to be, should the disk fill up
+            self._put(memoryview(len(words).to_bytes(8, "little") + words), 0)
+        except BaseException:
+            self._file.close()
+            raise
 
     def finish(self) -> None:
         """Sees to it that every byte is there and on the disk."""

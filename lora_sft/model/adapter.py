@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_sft.config import RunConfig
 from lora_sft.errors import ModelError
+from lora_sft.model.foreign import refuse_slow_patterns
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,9 @@ def check_targets(config: RunConfig, model: "PreTrainedModel") -> None:
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     problems = []
     targets = config.lora_target_modules
+    written = {"target_modules": targets, "rank_pattern": config.lora_rank_pattern} | config.lora_config
+    written |= {"alpha_pattern": config.lora_alpha_pattern, "modules_to_save": config.lora_modules_to_save}
+    refuse_slow_patterns(written, [*modules, *parameters], "adapter settings")
     if isinstance(targets, str) and targets != "all-linear" and not _matches_whole(targets, modules):
         problems.append(
             f"lora_target_modules: the regex {targets} matches no module; it must match a full name such as "

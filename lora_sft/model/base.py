@@ -1,5 +1,6 @@
 """Settings → the base model: first what can be known without its weights, then the weights."""
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # It would warn at import that an optional package of CPU kernels is not there; nothing is slower or wrong for it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+
+INDEX = "model.safetensors.index.json"
 
 BLOCKSIZE = 64
 """Weights that share a scale when they are quantized to 4 bits."""
@@ -122,6 +125,8 @@ def read_config(spec: BaseSpec) -> "PretrainedConfig":
         raise ModelError(f"model {spec.name}: cannot be had: {_first_line(error)}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise ModelError(f"model {spec.name}: {config.model_type} is no causal language model that transformers knows")
+    if folder.is_dir() and (folder / INDEX).is_file():
+        shards_of(folder)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"model {spec.name}: no .safetensors file in this folder; other weight files are not read, since loading "
@@ -135,6 +140,37 @@ def read_config(spec: BaseSpec) -> "PretrainedConfig":
             "which is quantized while loading"
         )
     return config
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    """{tensor: the file of the folder in which it lies}, as the index says.
+
+    Raises:
+        ModelError: it is no index, or names a file that lies elsewhere.
+    """
+    try:
+        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(found.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{folder / INDEX}: is no index of weights: {error}") from None
+    for name in files:
+        inside(folder, name)
+    return dict(found)
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """A file that a model names → its path.
+
+    Raises:
+        ModelError: it lies outside the model's folder. The hub's cache links to `blobs` beside the snapshots.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name or not name.isprintable():
+        raise ModelError(f"{folder}: names the file {name!r}, which is none of this folder")
+    found, home = (folder / name).resolve(), folder.resolve()
+    in_cache = home.parent.name == "snapshots" and found.is_relative_to(home.parent.parent / "blobs")
+    if not found.is_relative_to(home) and not in_cache:
+        raise ModelError(f"{folder / name}: is a link to {found}, outside the model's folder; it is not read")
+    return folder / name
 
 
 def skeleton(config: "PretrainedConfig", spec: BaseSpec) -> "PreTrainedModel":
@@ -169,6 +205,7 @@ def load_base(spec: BaseSpec) -> "PreTrainedModel":
         ModelError: the weights cannot be read.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -182,7 +219,7 @@ def load_base(spec: BaseSpec) -> "PreTrainedModel":
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ModelError(f"model {spec.name}: the weights cannot be read: {_first_line(error)}") from None
     if spec.quantization is not None:
         refuse_odd_widths(input_widths(model), spec)

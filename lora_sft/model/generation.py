@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_sft.chat.rendering import prompt_text
 from lora_sft.data.conversation import Message
 
 if TYPE_CHECKING:
@@ -33,9 +34,8 @@ def reply(
     """
     import torch
 
-    prompt = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_variables
-    ).to(model.device)
+    text = prompt_text(messages, tokenizer, **template_variables)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     drawing = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}
         if temperature > 0

@@ -1,6 +1,7 @@
 """A folder or hub name → model and tokenizer, ready to talk: an adapter on its base, or a whole model."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,13 @@ from lora_sft.console import say
 from lora_sft.errors import ModelError
 from lora_sft.model.base import BaseSpec, choose_base, grow_vocabulary, load_base, read_config
 from lora_sft.model.device import choose_device, choose_dtype
+from lora_sft.model.foreign import (
+    base_record,
+    read_adapter_config,
+    refuse_odd_weights,
+    refuse_slow_patterns,
+    wrong_parts,
+)
 from lora_sft.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +55,12 @@ def load_model(path: str | Path, device: str = "auto", trust_remote_code: bool =
         ModelError: nothing there, or not a model.
     """
     if (Path(path) / "adapter_config.json").is_file():
-        return load_adapter(Path(path), trained_base(Path(path), device, trust_remote_code))
+        spec = trained_base(Path(path), device, trust_remote_code)
+        refuse_odd_weights(Path(path))
+        loaded = load_adapter(Path(path), spec)
+        for words in wrong_parts(Path(path), manifest_of(Path(path)), spec):
+            say("warning", words)
+        return loaded
     spec = choose_base(
         RunConfig(model_name_or_path=str(path), load_in_4bit=False, device=device, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     )
@@ -68,7 +81,10 @@ def load_adapter(folder: Path, spec: BaseSpec) -> Loaded:
     base = load_base(spec)
     model = put_adapter(base, folder, len(tokenizer))
     if (folder / "generation_config.json").is_file():
-        base.generation_config = model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            base.generation_config = model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{folder}/generation_config.json: cannot be read: {_first_line(error)}") from None
     manifest = manifest_of(folder)
     variables, replies = manifest.get("chat_template_kwargs", {}), manifest.get("replies", {})
     return Loaded(model.eval(), tokenizer, spec, True, variables, replies)
@@ -108,7 +124,12 @@ def tokenizer_of(folder: Path, spec: BaseSpec) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=spec.trust_remote_code
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"{folder}: has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
         return tokenizer
     return load_tokenizer(spec)
 
@@ -121,11 +142,20 @@ def put_adapter(base: "PreTrainedModel", folder: Path, vocabulary_size: int) -> 
     """
     from peft import PeftModel
 
+    names = [name for name, _ in (*base.named_modules(), *base.named_parameters())]
+    refuse_slow_patterns(read_adapter_config(folder), names, str(folder / "adapter_config.json"))
     grow_vocabulary(base, vocabulary_size)
     try:
-        return PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
+        with warnings.catch_warnings():
+            # PEFT loads an adapter of another model in silence, but for this.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, UserWarning) as error:
+        raise ModelError(f"{folder}: the adapter does not fit its base: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def trained_base(
@@ -141,17 +171,22 @@ def trained_base(
     Raises:
         ModelError: the folder holds no adapter.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: no adapter here (no adapter_config.json)")
+    adapter = read_adapter_config(folder)
     device = choose_device(device)
-    if recorded := manifest_of(folder).get("base"):
-        spec = BaseSpec(**{name: recorded[name] for name in BaseSpec.__dataclass_fields__})
+    if (recorded := manifest_of(folder).get("base")) is not None:
+        spec = _recorded_spec(recorded, folder)
         # An adapter trained on a GPU also talks on the CPU, where float16 lacks kernels.
         lacks_kernels = device == "cpu" and spec.dtype == "float16" and not as_recorded
         dtype = "float32" if lacks_kernels else spec.dtype
         revision = recorded.get("commit") or spec.revision
-        named = _adapter_config(folder).get("base_model_name_or_path")
+        named = adapter.get("base_model_name_or_path")
         if named and named != spec.name:
+            then, there = recorded.get("fingerprint"), replace(spec, name=named, revision=adapter.get("revision"))
+            if then and not Path(named).expanduser().is_dir() and base_record(there) != then:
+                raise ModelError(
+                    f"{folder}: adapter_config.json names the base {named}, manifest.json {spec.name}; the first is "
+                    "neither here nor fetched, since the adapter was not trained on it; mend base_model_name_or_path"
+                )
             say("base", f"{named}, as adapter_config.json says; it was trained on {spec.name}")
             spec, revision = replace(spec, name=named), None
         return replace(
@@ -162,7 +197,6 @@ def trained_base(
             attn_implementation=None,
             trust_remote_code=trust_remote_code,
         )
-    adapter = _adapter_config(folder)
     if not adapter.get("base_model_name_or_path"):
         raise ModelError(f"{folder}: adapter_config.json does not name the base model (base_model_name_or_path)")
     dtype, _ = choose_dtype(None, None, device)
@@ -176,12 +210,34 @@ def recorded_quantization(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return config
+def _recorded_spec(recorded: Any, folder: Path) -> BaseSpec:
+    """What a manifest says of the base; it comes with the adapter, so it is not believed blindly."""
+    fields: dict[str, Any] = (
+        {name: recorded.get(name) for name in BaseSpec.__dataclass_fields__} if isinstance(recorded, dict) else {}
+    )
+    accepted = (
+        isinstance(fields.get("name"), str)
+        and isinstance(fields["revision"], str | None)
+        and fields["quantization"] in (None, "nf4", "fp4", "int8")
+        and fields["dtype"] in ("bfloat16", "float16", "float32")
+        and isinstance(fields["double_quant"], bool)
+    )
+    if not accepted:
+        raise ModelError(
+            f"{folder / MANIFEST}: does not tell how the base was loaded; leave it out for a foreign adapter"
+        )
+    return BaseSpec(**fields)
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The record of the run that made an adapter; empty for one that was trained elsewhere."""
     file = folder / MANIFEST
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: is no JSON that can be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: holds no record but {type(found).__name__}")
+    return found

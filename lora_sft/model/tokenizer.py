@@ -1,6 +1,7 @@
 """Settings → the tokenizer, with its chat template, its stop tokens and the tokens to add."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sft.chat.probe import guess_stop_token
@@ -49,12 +50,18 @@ def load_tokenizer(spec: BaseSpec) -> "PreTrainedTokenizerBase":
 
 
 def read_generation_config(spec: BaseSpec) -> "GenerationConfig | None":
-    """The model's `generation_config.json`; None if it has none."""
+    """The model's `generation_config.json`; None if it has none.
+
+    Raises:
+        ModelError: it has one that cannot be read.
+    """
     from transformers import GenerationConfig
 
     try:
         return GenerationConfig.from_pretrained(spec.name, revision=spec.revision)
-    except OSError:
+    except (OSError, ValueError, TypeError) as error:
+        if (Path(spec.name).expanduser() / "generation_config.json").is_file():
+            raise ModelError(f"model {spec.name}: its generation_config.json cannot be read: {error}") from None
         return None
 
 
@@ -74,8 +81,10 @@ def prepare_speech(
         chat_template_dir: holds further templates.
 
     Raises:
+        ModelError: the tokenizer belongs to another model.
         TemplateError: no template, or one whose stop token the vocabulary lacks.
     """
+    refuse_foreign_tokenizer(tokenizer, generation_config)
     template = find_template(chat_template, chat_template_dir) if chat_template is not None else None
     new_ids = _add_tokens(tokenizer, new_tokens or [], template.text if template else str(tokenizer.chat_template))
     if template is not None:
@@ -102,6 +111,29 @@ def prepare_speech(
             f"{tokenizer.pad_token} (the tokenizer names none; padding is masked, so the stop token stays learned)",
         )
     return Speech(tokenizer, stops, new_ids)
+
+
+def refuse_foreign_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", generation_config: "GenerationConfig | None"
+) -> None:
+    """Tells the tokenizer of another model by the tokens that begin and end a text: there, they are none or words.
+
+    Raises:
+        ModelError: names them.
+    """
+    named = {name: getattr(generation_config, f"{name}_token_id", None) for name in ("bos", "eos")}
+    ids = {name: value if isinstance(value, list) else [value] for name, value in named.items() if value is not None}
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if ids and not any(token in special for found in ids.values() for token in found):
+        words = [
+            f"{name} {token} is {tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else 'no token'!r}"
+            for name, found in ids.items()
+            for token in found
+        ]
+        raise ModelError(
+            f"the tokenizer belongs to another model: in it, what generation_config.json names as {'; '.join(words)}, "
+            "no special token; give the tokenizer that the model was trained with, or mend generation_config.json"
+        )
 
 
 def _add_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str], template: str) -> list[int]:

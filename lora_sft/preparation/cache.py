@@ -18,12 +18,15 @@ from lora_sft.console import say
 from lora_sft.data.intake import Intake
 from lora_sft.data.problems import Problem
 from lora_sft.data.sources import files_of
+from lora_sft.model.disk import full_disk_told
 from lora_sft.model.tokenizer import Speech
 from lora_sft.preparation.prepare import First, Prepared
 from lora_sft.preparation.store import Examples, temporary_file
 
 KEPT = 20
 """So many prepared datasets are kept; the one that was not used for longest goes first."""
+
+EXAMPLES, PREPARED, CHECKSUMS = "examples.arrow", "prepared.json", "checksums.json"
 
 Made = tuple[Prepared, Intake, list[int]]
 
@@ -41,31 +44,54 @@ def cached(
     """
     identity = None if where == "off" else _identity(sources)
     if identity is None:
-        return make(temporary_file())
+        return _made_for_now(make)
     root = cache_folder(where)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         say("cache", f"off ({root}: {error.strerror})")
-        return make(temporary_file())
+        return _made_for_now(make)
     key = _hash([identity, _speech_identity(speech), how, _code_identity()])
     folder = root / key
+    staged = root / f"{key}.unfinished"
     with FileLock(root / f"{key}.lock"):
-        if (folder / "prepared.json").is_file():
+        if _is_whole(folder):
             say("cache", f"prepared before: {folder}")
             os.utime(folder)
             return _read(folder)
-        staged = root / f"{key}.unfinished"
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         try:
-            made = make(staged / "examples.arrow")
-            _write(staged, made)
-            staged.rename(folder)
+            with full_disk_told(staged, what=f"data_cache {root}"):
+                made = make(staged / EXAMPLES)
+                _write(staged, made)
+                staged.rename(folder)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     _forget_the_oldest(root)
     return _read(folder)
+
+
+def _made_for_now(make: Callable[[Path], Made]) -> Made:
+    """What is kept until the process ends."""
+    path = temporary_file()
+    with full_disk_told(path, what=f"the folder for temporary files, {path.parents[1]}"):
+        return make(path)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files of a prepared dataset are there, to the bit; says so if one is damaged."""
+    if not folder.is_dir():
+        return False
+    try:
+        whole = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        damaged = [name for name in (EXAMPLES, PREPARED) if _file_hash(folder / name) != whole[name]]
+    except (OSError, ValueError, KeyError, TypeError):
+        damaged = [CHECKSUMS]
+    if damaged:
+        say("cache", f"{folder / damaged[0]} is damaged: prepared anew")
+    return not damaged
 
 
 def cache_folder(where: str) -> Path:
@@ -146,7 +172,9 @@ def _write(folder: Path, made: Made) -> None:
         "intake": account,
         "ends": ends,
     }
-    (folder / "prepared.json").write_text(json.dumps(document, default=str), encoding="utf-8")
+    (folder / PREPARED).write_text(json.dumps(document, default=str), encoding="utf-8")
+    checksums = {name: _file_hash(folder / name) for name in (EXAMPLES, PREPARED)}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
 
 
 def _row(bad: tuple[Problem, Any]) -> list[Any]:
@@ -154,7 +182,7 @@ def _row(bad: tuple[Problem, Any]) -> list[Any]:
 
 
 def _read(folder: Path) -> Made:
-    document = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    document = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
     first = document["first"]["rendered"]
     rendered = Rendered(
         first["text"],
@@ -171,7 +199,7 @@ def _read(folder: Path) -> Made:
     intake.duplicates = account["duplicates"]
     intake.problems = [Problem(**problem) for problem in account["problems"]]
     intake.bad = [(Problem(**problem), value) for problem, value in account["bad"]]
-    return Prepared(Examples(folder / "examples.arrow"), first=shown, **document["prepared"]), intake, document["ends"]
+    return Prepared(Examples(folder / EXAMPLES), first=shown, **document["prepared"]), intake, document["ends"]
 
 
 def _forget_the_oldest(root: Path) -> None:

@@ -20,6 +20,7 @@ from lora_sft.data.split import split
 from lora_sft.errors import DataError, SettingError
 from lora_sft.model.tokenizer import Speech
 from lora_sft.preparation.cache import cached
+from lora_sft.preparation.lost import refuse_losses
 from lora_sft.preparation.prepare import NO_REPLY, Prepared, prepare, some
 
 
@@ -146,7 +147,12 @@ def conversations_of(
         DataError: at the end, if rows cannot be trained on and `on_bad_row` is `error`; with `skip` if all cannot.
     """
     for source in sources:
+        before = intake.rows
         yield from intake.conversations(read_rows(source.given, source.split), source.reading)
+        if intake.rows == before and len(sources) > 1:
+            raise DataError(
+                f"{source.name}: holds no rows, unlike the other sources; is it whole? Leave it out if it is"
+            )
         if ends is not None:
             ends.append(intake.usable)
     intake.count_repetitions()
@@ -176,6 +182,7 @@ def _prepared(
     key = {"how": how, "on_bad_row": config.on_bad_row, "reading": [source.reading for source in sources]}
     prepared, intake, ends = cached(config.data_cache, speech, [(s.given, s.split) for s in sources], key, make)
     _tell(prepared, intake, config)
+    refuse_losses(prepared, intake, config.max_lost_share)
     return prepared, intake, np.searchsorted(np.array(ends), prepared.examples.conversations, side="right")
 
 

@@ -52,10 +52,12 @@ class ExampleWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
-        self._sink.close()
+        try:
+            if kind is None:
+                self._flush()
+            self._writer.close()
+        finally:
+            self._sink.close()
 
     def add(self, example: Example, conversation: int, words: str = "") -> None:
         """Adds one.

@@ -125,9 +125,12 @@ def read_run(folder: Path) -> RunConfig | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; none if it is not there."""
+    """The lines of a run's `metrics.jsonl`; none if it is not there, or cannot be read."""
     file = folder / METRICS
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    except ValueError:
+        return []
 
 
 def copy_public(source: Path, target: Path, base: str | None, patterns: Sequence[str]) -> list[str]:

@@ -1,11 +1,14 @@
 """Settings → all that is known of a run before a weight is read. Whatever can be wrong is found here."""
 
+import hashlib
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.console import say
 from lora_sft.data.intake import Intake
@@ -65,6 +68,16 @@ class Job:
         """The micro-batches of the first epoch; every epoch has as many."""
         return plan_batches(self.train.examples.lengths, self.batching)
 
+    @cached_property
+    def data_hash(self) -> str:
+        """A hash of the tokens and labels that are trained on, in order."""
+        return hash_of(self.train.examples)
+
+    @cached_property
+    def evaluation_hash(self) -> str | None:
+        """The same of those that are evaluated on; None if there are none."""
+        return hash_of(self.evaluation.examples) if self.evaluation else None
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -84,6 +97,16 @@ class Job:
         """What adapter and checkpoints take on disk: float32 weights, and with each checkpoint two AdamW moments."""
         kept = 0 if self.config.save_strategy == "no" else (self.config.save_total_limit or 10) + 1
         return 4 * self.trained_parameters * (1 + 3 * kept)
+
+
+def hash_of(examples: Iterable[Example]) -> str:
+    """A hash of the tokens and labels of examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(array("q", example.input_ids).tobytes())
+        digest.update(array("q", example.labels).tobytes())
+    return digest.hexdigest()
 
 
 def make_job(

@@ -2,22 +2,22 @@
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 import tempfile
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_sft.chat.labels import Example
 from lora_sft.model.base import quantization_record
 from lora_sft.model.device import device_name
+from lora_sft.model.foreign import base_record, hash_of_settings
+from lora_sft.training.checkpoints import hash_of_file
 from lora_sft.training.job import Job
 from lora_sft.training.output import OutputFolder
+from lora_sft.training.state import WEIGHTS
 
 PACKAGES = (
     "lora_sft",
@@ -88,10 +88,11 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
             **asdict(job.spec),
             "commit": commit_of(model),
             "config_sha256": _sha256(model.config.to_json_string()),
+            "fingerprint": base_record(job.spec),
         },
         "quantization": quantization_record(model),
         "data": {
-            "sha256": hash_of(data.examples),
+            "sha256": job.data_hash,
             "examples": len(data.examples),
             "tokens": data.tokens,
             "supervised_tokens": data.supervised_tokens,
@@ -112,8 +113,10 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
         "replies": {name: getattr(job.config, name) for name in ("turns", "append_stop_token", "allow")},
         "chat_template_sha256": _sha256(str(job.speech.tokenizer.chat_template)),
         "stop_tokens": job.speech.stop_tokens,
+        "adapter_settings_sha256": hash_of_settings(Path(str(job.config.output_dir))),
+        "adapter_sha256": hash_of_file(Path(str(job.config.output_dir)) / WEIGHTS),
         "result": result,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "hardware": {
             "device": device_name(job.spec.device),
             "cpu_threads": torch.get_num_threads(),
@@ -122,12 +125,9 @@ def make_manifest(model: Any, job: Job, result: dict[str, Any]) -> dict[str, Any
     }
 
 
-def hash_of(examples: Iterable[Example]) -> str:
-    """A hash of the tokens and labels of examples, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.input_ids, example.labels]).encode())
-    return digest.hexdigest()
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that training depends on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def commit_of(model: Any) -> str | None:

@@ -22,9 +22,11 @@ from lora_sft.errors import RunError, SettingError
 from lora_sft.model.tokenizer import Speech
 from lora_sft.training.batching import Batching, Lengths, lay_in_rows, plan_batches
 from lora_sft.training.evaluation import pad, sum_up
+from lora_sft.training.guarding import TOKENS, Guarding
 from lora_sft.training.isolation import settle
 from lora_sft.training.loss import Loss, forward_loss
 from lora_sft.training.progress import Listener, Reporter
+from lora_sft.training.resuming import Resuming
 
 # transformers 5.23 renamed the argument and warns at the old name; remove the choice when transformers >= 6.
 _CHECKPOINTING = (
@@ -74,10 +76,6 @@ class Seen(NamedTuple):
         return self.nll / max(self.supervised, 1)
 
 
-TOKENS = "tokens"
-"""Entry of a micro-batch: how many tokens it has besides padding. It is for the count, not for the model."""
-
-
 @dataclass(frozen=True)
 class Collator:
     """Examples of one micro-batch → its tensors, and under `TOKENS` their tokens. None at all → nothing is learned."""
@@ -123,7 +121,7 @@ class MicroBatchLoader(DataLoader[Any]):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class Trainer(SFTTrainer):
+class Trainer(Guarding, Resuming, SFTTrainer):
     """TRL's trainer with our batches and loss, exact means over tokens, float32 adapters, and no telemetry."""
 
     # `compute_loss` divides by the supervised tokens of the whole step, so nothing is left to scale.
@@ -138,6 +136,8 @@ class Trainer(SFTTrainer):
         batching: Batching,
         eval_examples: Sequence[Example] = (),
         loraplus_lr_ratio: float | None = None,
+        keep_checkpoints: int | None = None,
+        new_schedule: bool = False,
         **kwargs: Any,
     ) -> None:
         self._examples, self._lengths, self._batching = examples, lengths, batching
@@ -155,6 +155,7 @@ class Trainer(SFTTrainer):
                 parameter.data = trained[name]
         # The supervised tokens of a whole step are counted for every model, not only those that take the count.
         self.model_accepts_loss_kwargs = True
+        self.prepare_checkpoints(keep_checkpoints, new_schedule)
 
     def _send_telemetry(self) -> None:
         """TRL's, only where the user turned it on: huggingface_hub may have been imported before us."""
@@ -219,6 +220,8 @@ class Trainer(SFTTrainer):
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             value = value + self.router_aux_loss_coef * output.aux_loss / steps  # type: ignore[attr-defined]
+        if self.watch is not None:
+            self.watch.add(value)
         return (value, output) if return_outputs else value
 
     def _over_all_ranks(self, *sums: Tensor | float) -> list[float]:
@@ -254,6 +257,17 @@ class Trainer(SFTTrainer):
             logs["num_supervised_tokens"] = self.seen.supervised
             logs["train_loss"] = self.seen.loss
         super().log(logs, start_time)
+
+    def totals(self) -> dict[str, Any]:
+        """What was counted so far: the whole run, and this process since the last log."""
+        return {"seen": list(self.seen), "tally": vars(self._tally)}
+
+    def take_totals(self, totals: dict[str, Any]) -> None:
+        """Goes on counting from `totals`."""
+        self.seen = Seen(*totals["seen"])
+        self._tally = Tally()
+        for name, value in totals["tally"].items():
+            setattr(self._tally, name, value.to(self.args.device) if isinstance(value, Tensor) else value)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -309,8 +323,11 @@ def build_trainer(
         processing_class=speech.tokenizer,
         callbacks=callbacks,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
+        keep_checkpoints=config.save_total_limit,
+        new_schedule=bool(config.resume_with_changed),
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.guard(config)
     return trainer
 
 
@@ -363,7 +380,7 @@ def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data
         eval_steps=config.eval_steps,
         save_strategy=config.save_strategy,
         save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
+        save_total_limit=None,  # transformers would remove whatever is called like a checkpoint; ours are counted by us
         load_best_model_at_end=config.load_best_model_at_end,
         metric_for_best_model=config.metric_for_best_model if config.load_best_model_at_end else None,
         report_to=config.report_to,
@@ -383,6 +400,8 @@ def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data
     missing = set(arguments.report_to) - set(get_available_reporting_integrations())
     if missing:
         raise SettingError(f"report_to: {', '.join(sorted(missing))} is not installed; `pip install` it, or use none")
+    if arguments.save_only_model:
+        raise SettingError("save_only_model: such checkpoints could not be resumed; set save_strategy: no")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process uses one GPU; several GPUs are used through `accelerate launch`
     return arguments

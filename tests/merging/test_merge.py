@@ -180,7 +180,7 @@ def test_the_settings_of_the_base_are_patched_not_written_anew(run, base, tmp_pa
     (adapter / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")})
     )
-    merge(adapter, tmp_path / "merged", verify="no")
+    merge(adapter, tmp_path / "merged", verify="no", force=True)  # the base was changed
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == published | {"dtype": "float32"}
 
 

@@ -155,7 +155,7 @@ def test_every_tensor_of_the_adapter_must_have_its_place(mistake, bases, tmp_pat
     [
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa: it was not saved as a plain LoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens: it acts on a part of the text only"),
-        ({"peft_type": "IA3"}, "is an adapter of the kind PeftType.IA3"),
+        ({"peft_type": "IA3"}, "an adapter of the kind IA3"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_by_name(settings, words, bases, tmp_path):
@@ -234,7 +234,10 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_behind(large, tmp_pat
         pytest.skip("this machine does not let tests mount a small disk")
     try:
         monkeypatch.setattr("lora_sft.merging.merge.check_room", lambda *_: None)
-        with pytest.raises(OutputError, match=r"merged: cannot be written: No space left on device"):
+        with pytest.raises(
+            OutputError,
+            match=r"merged: the disk is full: at least 126,[\d,]+ bytes are needed, [\d,]+ are free; make room",
+        ):
             merge(large[1], small / "merged", verify="no")
         assert list(small.iterdir()) == []
     finally:

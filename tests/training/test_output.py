@@ -32,11 +32,41 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_that_was_broken_off_can_go_on(tmp_path):
+def test_a_run_that_was_broken_off_can_go_on_if_it_is_asked_to(tmp_path):
+    (tmp_path / "start.json").write_text("{}")
+    with pytest.raises(OutputError, match="was broken off; go on with resume_from_checkpoint: auto"):
+        OutputFolder(str(tmp_path))
+    folder = OutputFolder(str(tmp_path), resume=True)
+    assert (folder.begun, folder.finished) == (True, False)
+    folder.release()
+
+
+def test_a_folder_of_something_else_is_refused_also_when_a_run_may_go_on(tmp_path):
+    """A folder called checkpoint-3 does not make it a run of ours."""
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    with pytest.raises(OutputError, match="was broken off; go on with resume_from_checkpoint: true"):
-        OutputFolder(str(tmp_path))
+    with pytest.raises(OutputError, match=r"is in use \(it holds checkpoint-3\)"):
+        OutputFolder(str(tmp_path), resume=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_what_a_run_left_that_died_before_it_began_is_no_obstacle(tmp_path):
+    (tmp_path / "bad_rows.jsonl").write_text("{}")
+    (tmp_path / ".lock").write_text("")
+    folder = OutputFolder(str(tmp_path), resume=True)
+    assert not folder.begun
+    folder.release()
+
+
+def test_nothing_is_written_to_a_finished_run(tmp_path):
+    for name in ("start.json", "manifest.json"):
+        (tmp_path / name).write_text("{}")
+    folder = OutputFolder(str(tmp_path), resume=True)
+    assert folder.finished
+    folder.write("README.md", "other")
+    folder.fill(lambda staged: (staged / "one").write_text("1"))
+    folder.release()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "start.json"]
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
@@ -79,13 +109,3 @@ def test_of_several_processes_only_the_main_one_writes(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="name it with output_dir"):
         OutputFolder(None)
     main.release()
-
-
-def test_the_last_checkpoint_is_the_whole_one_of_the_highest_step(tmp_path):
-    folder = OutputFolder(str(tmp_path / "a"))
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
-        (folder.path / name).mkdir()
-        if name != "checkpoint-11":  # broken off while it was written
-            (folder.path / name / "trainer_state.json").write_text("{}")
-    assert folder.last_checkpoint() == folder.path / "checkpoint-10"
-    folder.release()
