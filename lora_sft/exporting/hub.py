@@ -4,7 +4,6 @@ What is sent is first laid out in a folder of its own, with a card, and looked t
 access token is that of `hf auth login` or HF_TOKEN; it is neither asked for nor shown.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_sft.console import say
 from lora_sft.errors import RunError, SettingError, UsageError, VerificationError
 from lora_sft.exporting.target import Facts, Order, Target
+from lora_sft.model.fingerprint import hash_of_file
 from lora_sft.model.loading import MANIFEST
 from lora_sft.publishing.card import card_of, licence_beside, licence_in, merged_card
 from lora_sft.publishing.public import (
@@ -295,7 +295,7 @@ def _compare(api: "HfApi", repo_id: str, commit: str, folder: Path) -> dict[str,
         theirs |= _hashes_there(api, repo_id, commit, large)
     except _hub_errors() as error:
         raise RunError(f"{repo_id}: was sent (commit {commit}), but cannot be read back: {_words(error)}") from None
-    wrong = [name for name, file in files.items() if theirs.get(name) != _hash(file)]
+    wrong = [name for name, file in files.items() if theirs.get(name) != hash_of_file(file)]
     if wrong:
         raise VerificationError(f"{repo_id}: commit {commit} is not what was sent: {', '.join(wrong)} differ")
     return {
@@ -311,7 +311,9 @@ def _downloaded_hash(api: "HfApi", repo_id: str, commit: str, name: str) -> str 
     from huggingface_hub.errors import EntryNotFoundError
 
     with tempfile.TemporaryDirectory() as place, suppress(EntryNotFoundError):
-        return _hash(Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=place, force_download=True)))
+        return hash_of_file(
+            Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=place, force_download=True))
+        )
     return None
 
 
@@ -319,14 +321,6 @@ def _hashes_there(api: "HfApi", repo_id: str, commit: str, names: list[str]) -> 
     """The sha256 that the hub itself holds of large files."""
     found = api.get_paths_info(repo_id, names, revision=commit) if names else []
     return {one.path: lfs.sha256 if (lfs := getattr(one, "lfs", None)) else None for one in found}
-
-
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- what is sent ------------------------------------------------------------------------------------------
@@ -357,7 +351,7 @@ def _check_origin(adapter: Path, merged: Path) -> None:
         raise UsageError(f"merged: {merged} is not the adapter, as its own verification found; nothing was sent")
     weights = adapter / "adapter_model.safetensors"
     made_from = [one.get("sha256") for one in made.get("adapters", [])]
-    if any(made_from) and weights.is_file() and _hash(weights) not in made_from:
+    if any(made_from) and weights.is_file() and hash_of_file(weights) not in made_from:
         raise UsageError(f"merged: {merged} was made from another adapter than {adapter}; nothing was sent")
 
 

@@ -21,11 +21,11 @@ from lora_sft.merging.combine import Blend
 from lora_sft.merging.fidelity import Fidelity
 from lora_sft.merging.merged import MergedModel, open_merged
 from lora_sft.merging.staging import check_room, refuse_used, staged
-from lora_sft.merging.tensor_file import hash_of_file
 from lora_sft.merging.verify import Reference, Verified, choose_way, refer, verify
 from lora_sft.merging.write import write_model, written_bytes
 from lora_sft.model.base import BaseSpec, load_base, read_config, skeleton
 from lora_sft.model.device import peak_bytes
+from lora_sft.model.fingerprint import hash_of_file
 from lora_sft.model.foreign import read_adapter_config, refuse_odd_weights, refuse_slow_patterns, wrong_parts
 from lora_sft.model.loading import manifest_of, trained_base
 from lora_sft.publishing.card import merged_card

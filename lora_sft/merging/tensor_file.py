@@ -5,7 +5,6 @@ asked for. The format is its own: eight bytes with the length of a JSON header, 
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -214,15 +213,6 @@ class TensorWriter:
             raise
         self._count(copied)
         return copied
-
-
-def hash_of_file(file: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while piece := opened.read(PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 CAN_COPY = hasattr(os, "copy_file_range")  # Linux alone

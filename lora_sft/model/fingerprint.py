@@ -116,3 +116,12 @@ def _add(digest: Any, part: bytes) -> None:
     """Adds a part with its length, so that no other parts give the same whole."""
     digest.update(struct.pack("<Q", len(part)))
     digest.update(part)
+
+
+def hash_of_file(file: Path) -> str:
+    """The SHA-256 of a file's bytes, all of them, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        while piece := opened.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

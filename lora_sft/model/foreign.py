@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_sft.errors import ModelError
 from lora_sft.model.base import BaseSpec
-from lora_sft.model.fingerprint import fingerprint_of
+from lora_sft.model.fingerprint import fingerprint_of, hash_of_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE_RECORD = "merge.json"
@@ -219,7 +219,7 @@ def wrong_parts(folder: Path, manifest: Mapping[str, Any], spec: BaseSpec) -> li
         spec: the base that it is about to be put on; of a hub model, it must be in the cache.
     """
     wrong = []
-    weights = _hash_of(folder / WEIGHTS)
+    weights = hash_of_file(folder / WEIGHTS)
     if manifest.get("adapter_settings_sha256", now := hash_of_settings(folder)) != now:
         wrong.append(f"{folder / CONFIG}: was changed after the training: alpha, ranks or targets are not its own")
     if manifest.get("adapter_sha256", weights) != weights:
@@ -242,11 +242,3 @@ def _is_merged_into(spec: BaseSpec, weights_sha256: str) -> bool:
         return any(one.get("sha256") == weights_sha256 for one in adapters)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _hash_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while piece := opened.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from typing import Any
 from lora_sft.console import say
 from lora_sft.errors import OutputError
 from lora_sft.model.disk import settle, writing
+from lora_sft.model.fingerprint import hash_of_file
 
 CONTENTS = "checkpoint.json"
 STATE = "trainer_state.json"
@@ -79,15 +80,6 @@ def looks_whole(checkpoint: Path) -> bool:
         entry.is_file() and not entry.is_symlink() and entry.stat().st_size == contents[name]["bytes"]
         for name, entry in there.items()
     )
-
-
-def hash_of_file(file: Path) -> str:
-    """sha256 of its content."""
-    digest = hashlib.sha256()
-    with file.open("rb", buffering=0) as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _contents(checkpoint: Path) -> dict[str, dict[str, Any]] | str:

@@ -39,10 +39,6 @@ class MetricsFile:
         kept = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.is_file() else []
         return [line for line in map(json.loads, kept) if line["step"] <= step]
 
-    def last_until(self, step: int) -> dict[str, Any]:
-        """The last line with a training loss up to a step; empty if there is none."""
-        return next((line for line in reversed(self._until(step)) if "loss" in line), {})
-
     def started(self, total_steps: int, first_step: int) -> None:
         """A resumed run goes on in the same file, without the lines of the steps that it repeats."""
         self.lines = self._until(first_step)

@@ -16,11 +16,12 @@ from lora_sft.errors import OutputError, RunError
 from lora_sft.model.adapter import attach, describe_trained, set_dtype
 from lora_sft.model.base import grow_vocabulary, load_base, quantized_share
 from lora_sft.model.device import peak_bytes
+from lora_sft.model.fingerprint import hash_of_file
 from lora_sft.model.loading import manifest_of, put_adapter
 from lora_sft.model.starts import start_from_rounding, start_from_rows
 from lora_sft.model.tokenizer import teach_stop_tokens
 from lora_sft.settings import to_yaml
-from lora_sft.training.checkpoints import STATE, hash_of_file, set_aside, step_of
+from lora_sft.training.checkpoints import STATE, set_aside, step_of
 from lora_sft.training.evaluation import batches
 from lora_sft.training.going_on import Beginning, later_ones, refuse_past_end, where_to_begin
 from lora_sft.training.job import Job

@@ -13,8 +13,8 @@ import torch
 
 from lora_sft.model.base import quantization_record
 from lora_sft.model.device import device_name
+from lora_sft.model.fingerprint import hash_of_file
 from lora_sft.model.foreign import base_record, hash_of_settings
-from lora_sft.training.checkpoints import hash_of_file
 from lora_sft.training.job import Job
 from lora_sft.training.output import OutputFolder
 from lora_sft.training.state import WEIGHTS
