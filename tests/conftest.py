@@ -11,12 +11,17 @@ os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from lora_sft.data.formats import to_conversations
 from lora_sft.data.sources import read_rows
 from lora_sft.model.tiny import save_tiny, tiny_tokenizer
 from lora_sft.resources import shipped
+
+# Two threads that ask a fork for torch's pool at once break it (pytorch 2.13, pthreadpool-cpp.cc: it is made anew at
+# the first question, without a lock); so the fork asks alone, before it starts any.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 
 # The same examples every time: what passes here passes in CI. HYPOTHESIS_SEARCH=1 looks for new ones.
 settings.register_profile("same every time", derandomize="HYPOTHESIS_SEARCH" not in os.environ, database=None)
