@@ -1,9 +1,10 @@
 """`python -m bench`: every bench, one after the other."""
 
-from bench import checkpoints, labels, merge, preparation, start_up
+from bench import checkpoints, labels, merge, preparation, start_up, training
 
 start_up.main()
 labels.main()
 preparation.main()
 merge.main()
 checkpoints.main()
+training.main()  # last: it ends with 3 where losses do not agree

@@ -150,6 +150,11 @@ class AdapterSettings(Section):
         "How the update starts: default, gaussian, orthogonal, mica, pissa, pissa_niter_N, olora, loftq or eva.",
         also=("init_lora_weights", "peft_init_lora_weights"),
     )
+    adapter_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "In which the LoRA matrices are kept and trained. bfloat16 takes half of their memory and loses updates that "
+        "are small beside the weight; it needs bf16 and an optimizer of bitsandbytes.",
+    )
     new_tokens: Names | None = setting(
         None,
         "Tokens to add to the vocabulary; their embeddings are trained.",
@@ -310,9 +315,11 @@ class TrainingSettings(Section):
         "Optimizer, by its name in transformers: adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, …",
         also=("optimizer",),
     )
-    gradient_checkpointing: bool | None = setting(
+    gradient_checkpointing: bool | Literal["selective", "offload"] | None = setting(
         None,
-        "Recompute activations instead of keeping them. Unset: on a GPU, where memory is short.",
+        "Recompute layers in the backward pass instead of keeping what they computed: true for all, selective for the "
+        "first half, offload for all with their inputs in the memory of the host, false for none. Unset: as little as "
+        "the largest micro-batch needs in the memory that is free.",
         also=("use_gradient_checkpointing", "grad_checkpoint", "activation_checkpointing"),
     )
     neftune_noise_alpha: PositiveFloat | None = setting(
@@ -323,6 +330,12 @@ class TrainingSettings(Section):
         "Lay conversations end to end in rows of max_length tokens instead of padding them; a micro-batch is then so "
         "many rows. Only where the model is proven to keep them apart.",
         also=("sample_packing", "neat_packing"),
+    )
+    fast_kernels: bool = setting(
+        True,
+        "Use our own faster forms of the step's parts: each only where it is proven on this model, and the whole held "
+        "against the plain model on rows of the data before the run.",
+        also=("use_liger_kernel", "use_unsloth", "enable_liger_kernel"),
     )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
         "group_by_length",
@@ -416,6 +429,16 @@ class RunConfig(OutputSettings, TrainingSettings, AdapterSettings, DataSettings,
         return [
             (bool(self.load_in_4bit) and self.load_in_8bit, "load_in_4bit and load_in_8bit are both on; choose one"),
             (bool(self.bf16) and bool(self.fp16), "bf16 and fp16 are both on; choose one"),
+            (
+                self.adapter_dtype == "bfloat16" and self.start_changes_base,
+                f"lora_init {self.lora_init} changes the base by exactly its start; set adapter_dtype: float32",
+            ),
+            (
+                # torch's AdamW keeps its moments in the dtype of the weights, bitsandbytes' in 32 bits or scaled 8.
+                self.adapter_dtype == "bfloat16" and re.search(r"paged|8bit|32bit|sgd", self.optim) is None,
+                f"optim {self.optim} would keep its moments in bfloat16 too, in which the second never falls again: "
+                "with adapter_dtype bfloat16 use adamw_8bit or paged_adamw_32bit",
+            ),
             (self.max_steps == 0 or self.max_steps < -1, "max_steps must be above 0, or -1 to go by num_train_epochs"),
             (
                 known_start is None,

@@ -23,6 +23,7 @@ FLOORS = [
     ["training"],
     ["preparation"],
     ["model"],
+    ["kernels"],
     ["chat"],
     ["data"],
     ["settings"],

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_sft.config import RunConfig
+from lora_sft.console import say
 from lora_sft.errors import ModelError
 from lora_sft.model.foreign import refuse_slow_patterns
 
@@ -160,6 +161,49 @@ def set_dtype(model: "PeftModel", dtype: "torch.dtype") -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in name and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+def train_in(model: "PeftModel", dtype: str, learning_rate: float) -> None:
+    """Casts the LoRA matrices to the dtype that they are trained in; for bfloat16 it says what that costs.
+
+    What steps are too small for is never cast: DoRA's magnitudes, new tokens, whole modules, biases.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        learning_rate: at its peak; about the size of AdamW's steps.
+    """
+    import torch
+
+    if dtype != "bfloat16":
+        return
+    matrices = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" in name and "magnitude" not in name
+    ]
+    for parameter in matrices:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    filled = [parameter for parameter in matrices if parameter.any()]
+    stuck = sum(too_coarse(parameter, learning_rate) for parameter in filled)
+    count = sum(parameter.numel() for parameter in filled)
+    saved = 2 * sum(parameter.numel() for parameter in matrices)
+    say(
+        "adapter",
+        f"bfloat16 (asked for) saves {saved / 2**20:.1f} MiB of weights; {stuck / max(count, 1):.0%} of those that are "
+        f"not 0 are so large that a step of {learning_rate:g} rounds to nothing",
+    )
+
+
+def too_coarse(weights: "torch.Tensor", step: float) -> int:
+    """How many bfloat16 numbers stay what they are if a step of this size is added to them.
+
+    Between 2^e and 2^(e+1) they lie 2^(e-7) apart, and half of that is rounded away.
+    """
+    import torch
+
+    exponents = torch.frexp(weights.detach().float()).exponent - 1  # of numbers in [1, 2) · 2^e
+    half_way = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 8)
+    return int(((half_way > step) & (weights != 0)).sum())
 
 
 def describe_trained(model: "PeftModel") -> str:

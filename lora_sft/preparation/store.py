@@ -102,6 +102,7 @@ class Examples(Sequence[Example]):
         self.path = path
         with pa.memory_map(str(path)) as mapped:
             self._table = pa.ipc.open_file(mapped).read_all()
+        self._chunks: dict[tuple[str, int], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
         self.indices = np.arange(self._table.num_rows) if indices is None else indices
         self.lengths = self._numbers("length")
         self.learned = self._numbers("learned")
@@ -114,6 +115,22 @@ class Examples(Sequence[Example]):
     def select(self, places: Iterable[int]) -> "Examples":
         """Those at the given places of this sequence, in that order."""
         return Examples(self.path, self.indices[np.fromiter(places, dtype=np.int64)])
+
+    def arrays(self, place: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(tokens, labels) of the example at a place, each (length,): the memory map itself, and not to be written to.
+
+        Ten times as fast as the lists of an `Example`, for whoever makes tensors of them.
+        """
+        chunk, row = divmod(int(self.indices[place]), BATCH)
+        (tokens, starts), (labels, _) = self._flat("input_ids", chunk), self._flat("labels", chunk)
+        return tokens[starts[row] : starts[row + 1]], labels[starts[row] : starts[row + 1]]
+
+    def _flat(self, column: str, chunk: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(all numbers of a column's chunk end to end, where each row begins and the last ends)."""
+        if (column, chunk) not in self._chunks:
+            lists = self._table.column(column).chunk(chunk)
+            self._chunks[column, chunk] = lists.values.to_numpy(), lists.offsets.to_numpy()
+        return self._chunks[column, chunk]
 
     def words(self) -> list[str]:
         """What near-duplicates are found by."""

@@ -45,8 +45,8 @@ class Batching:
         micro_batch: examples in a forward pass on one device; with packing, bins of `max_length` tokens.
         max_length: capacity of a bin, in tokens.
         packing: whether examples are laid end to end.
-        one_row: with packing, all bins of a micro-batch in one row, instead of a row for each. For kernels that know
-            the borders it saves the last padding; others compute the square of the row's length.
+        one_row: all examples of a micro-batch end to end in one row, packed or not, so that nothing is padded. For
+            kernels that know the borders; others compute the square of the row's length.
         order: of the examples; with packing, of the bins, for which `group_by_length` is as `random`.
         seed: of the order.
         ranks: processes that share the work.
@@ -110,6 +110,8 @@ class BatchPlan:
         if self.batching.packing:
             rows = self.batching.micro_batch if self.batching.one_row else 1
             way = f"packed into rows of at most {rows * self.batching.max_length:,} tokens"
+        elif self.batching.one_row:
+            way += ", end to end in one row"
         return (
             f"{sum(map(len, self.batches)):,} examples in {sum(map(bool, self.batches)):,} micro-batches, {way}; "
             f"{self.waste:.1%} of the tokens are padding"
@@ -130,7 +132,8 @@ def plan_batches(lengths: Lengths, batching: Batching, epoch: int = 0) -> BatchP
     else:
         rows = _in_order(list(range(len(lengths))), batching, epoch)
         batches = _deal(rows, batching.micro_batch, batching.ranks)
-    padding = _padding_of_rows(lengths, batches, batching) if batching.packing else count_padding(lengths, batches)
+    end_to_end = batching.packing or batching.one_row
+    padding = _padding_of_rows(lengths, batches, batching) if end_to_end else count_padding(lengths, batches)
     return BatchPlan(batches, batching, int(np.asarray(lengths, dtype=np.int64).sum()), padding)
 
 
@@ -256,7 +259,7 @@ def _deal(units: list[Unit], micro_batch: int, ranks: int) -> list[list[Unit]]:
 
 
 def lay_in_rows(examples: Sequence[Example], batching: Batching, pad_token_id: int) -> dict[str, Tensor | int]:
-    """Examples of a packed micro-batch → its rows: those of `lay_end_to_end`, padded on the right.
+    """Examples of a micro-batch, laid end to end → its rows: those of `lay_end_to_end`, padded on the right.
 
     More than one row have `input_ids`, `labels`, `position_ids` and `seq_idx`, each (rows, longest); the padding of a
     row is as one more example in it, in which nothing is learned.

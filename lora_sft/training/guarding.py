@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -67,12 +68,26 @@ class Guarding(Base):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, without waiting: transformers' own (5.23) waits there for the micro-batch before, once a
+        tensor."""
+        if isinstance(data, Tensor) and self.args.device.type == "cuda" and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """The supervised tokens of a step, counted where the labels lie, and brought to the device without waiting."""
+        if self.args.world_size > 1 or device.type != "cuda":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = super()._get_num_items_in_batch(batch_samples, torch.device("cpu"))
+        return count.to(device, non_blocking=True) if isinstance(count, Tensor) else count
+
     def loss_of(self, inputs: Mapping[str, Any], token_count: Any) -> Tensor:
         """The loss of a micro-batch, as in training but uncounted; this process alone."""
         batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != TOKENS})
         self.model.train()
         with self.compute_loss_context_manager():
-            loss, _ = forward_loss(self.model, batch, token_count)
+            loss, _ = forward_loss(self.model, batch, token_count, self.args.label_smoothing_factor)
         return loss.value
 
     def over_all(self, *sums: float) -> Sequence[float]:

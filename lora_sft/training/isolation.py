@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_sft.chat.labels import Example
 from lora_sft.console import warn
+from lora_sft.kernels.attention import documents, takes_documents
 from lora_sft.training.batching import Batching, lay_end_to_end, lay_in_rows
 from lora_sft.training.evaluation import pad
 from lora_sft.training.loss import inputs_of
@@ -62,9 +63,14 @@ class Probe(NamedTuple):
 
 
 def settle(batching: Batching, model: Any, vocabulary_size: int | None = None) -> Batching:
-    """Packing only where it is proven to keep examples apart; otherwise similar lengths together, and it is said."""
+    """Examples end to end in one row only where that is proven to keep them apart; otherwise padded, and it is said.
+
+    Where the attention knows the borders, it is done without packing too: the examples of a micro-batch are the same,
+    and no padding is computed.
+    """
     if not batching.packing:
-        return batching
+        flat = _takes_borders(model) and leaks(model, vocabulary_size) is None
+        return replace(batching, one_row=flat)
     why_not = None
     # Kernels that know the borders take one row. So do recurrent layers, where they keep examples apart at all.
     for one_row in (True,) if batching.micro_batch == 1 or _takes_borders(model) else (False, True):
@@ -108,7 +114,7 @@ def probe(model: Any, vocabulary_size: int | None = None, one_row: bool = True) 
     documents = _documents(model, vocabulary_size)
     first, middle, last = documents
     changed = [first, _other(middle, documents), last]
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         model.train(False)
         alone = [_padded_logits(model, [document])[0] for document in documents]
         in_rows = _padded_logits(model, documents)
@@ -172,7 +178,8 @@ def _padded_logits(model: Any, documents: Sequence[Example]) -> list[Tensor]:
 def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
     torch.manual_seed(0)  # the same dropout every time
     moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return model(**inputs_of(model, moved), use_cache=False).logits  # type: ignore[no-any-return]
+    with documents(batch.get("max_length_q")):
+        return model(**inputs_of(model, moved), use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -186,7 +193,7 @@ def _epsilon(model: Any, logits: Tensor) -> float:
 
 
 @contextmanager
-def _left_as_it_was(model: Any) -> Iterator[None]:
+def left_as_it_was(model: Any) -> Iterator[None]:
     """Without gradients; afterwards every module is in its mode again, and the random generators where they were."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -199,7 +206,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
 
 
 def _takes_borders(model: Any) -> bool:
-    return "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    return takes_documents(model) or "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
 def _kind(model: Any) -> str:

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from lora_sft.console import is_main_process, say
 from lora_sft.errors import OutputError, RunError
+from lora_sft.kernels.swap import Swaps
 from lora_sft.model.adapter import attach, describe_trained, set_dtype
 from lora_sft.model.base import grow_vocabulary, load_base, quantized_share
 from lora_sft.model.device import peak_bytes
@@ -21,8 +22,10 @@ from lora_sft.model.loading import manifest_of, put_adapter
 from lora_sft.model.starts import start_from_rounding, start_from_rows
 from lora_sft.model.tokenizer import teach_stop_tokens
 from lora_sft.settings import to_yaml
+from lora_sft.training.batching import Batching
 from lora_sft.training.checkpoints import STATE, set_aside, step_of
 from lora_sft.training.evaluation import batches
+from lora_sft.training.fast import quicken
 from lora_sft.training.going_on import Beginning, later_ones, refuse_past_end, where_to_begin
 from lora_sft.training.job import Job
 from lora_sft.training.output import METRICS, SETTINGS, START, OutputFolder
@@ -74,8 +77,8 @@ def train(job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[
     try:
         model = _model(job, given_model)
         say("trained", describe_trained(model))
-        job = _settle_batches(job, model)
-        with Start(model, job.config.start_changes_base) as start:
+        with Swaps() as swaps, Start(model, job.config.start_changes_base) as start:
+            job = _settle_batches(job, model, swaps)
             held_out = job.evaluation.examples if job.evaluation else []
             trainer = build_trainer(
                 model,
@@ -178,9 +181,21 @@ def _model(job: Job, given_model: Any) -> Any:
     return model
 
 
-def _settle_batches(job: Job, model: Any) -> Job:
-    """The job with micro-batches that are right for this model: packed only where documents cannot see each other."""
-    batching = choose_batching(model, job.config, job.arguments)
+def _settle_batches(job: Job, model: Any, swaps: Swaps) -> Job:
+    """The job with micro-batches that are right for this model: end to end only where documents cannot see each other.
+
+    The fast parts are put in, for what they know of documents counts.
+    """
+
+    def settle() -> Batching:
+        return choose_batching(model, job.config, job.arguments)
+
+    if job.config.fast_kernels:
+        autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(job.spec.dtype)
+        pad_token_id = job.speech.tokenizer.pad_token_id
+        batching = quicken(model, job.train.examples, pad_token_id, settle, swaps, autocast)
+    else:
+        batching = settle()
     if batching != job.batching:
         job = replace(job, batching=batching)
         job.begin_warmup()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -19,13 +20,16 @@ from lora_sft.chat import IGNORED
 from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.errors import RunError, SettingError
+from lora_sft.kernels.swap import Swaps
+from lora_sft.model.adapter import train_in
 from lora_sft.model.tokenizer import Speech
 from lora_sft.training.batching import Batching, Lengths, lay_in_rows, plan_batches
 from lora_sft.training.evaluation import pad, sum_up
 from lora_sft.training.guarding import TOKENS, Guarding
 from lora_sft.training.isolation import settle
-from lora_sft.training.loss import Loss, forward_loss
+from lora_sft.training.loss import Loss, Supervised, forward_loss
 from lora_sft.training.progress import Listener, Reporter
+from lora_sft.training.recompute import largest_batch, recompute
 from lora_sft.training.resuming import Resuming
 
 # transformers 5.23 renamed the argument and warns at the old name; remove the choice when transformers >= 6.
@@ -84,14 +88,16 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """The tensors of `lay_in_rows` or `pad`."""
+        """The tensors of `lay_in_rows` or `pad`, and of `Supervised`."""
         tokens = sum(len(example.input_ids) for example in examples)
         rows = examples or [Example([self.pad_token_id] * 2, [IGNORED] * 2)]
-        if self.batching.packing:
+        if self.batching.packing or self.batching.one_row:
             batch: Mapping[str, Any] = lay_in_rows(rows, self.batching, self.pad_token_id)
         else:
             batch = pad(rows, self.pad_token_id)
-        return {**batch, TOKENS: torch.tensor(tokens)}
+        # Found here, on the CPU: on the device the step would have to wait for it.
+        supervised = Supervised.of(batch["labels"])
+        return {**batch, **supervised._asdict(), TOKENS: torch.tensor(tokens)}
 
 
 class MicroBatches(Sampler[list[int]]):
@@ -211,7 +217,7 @@ class Trainer(Guarding, Resuming, SFTTrainer):
     ) -> Any:
         """The loss of one micro-batch, divided by the supervised tokens of the whole optimizer step."""
         batch = {name: value for name, value in inputs.items() if name != TOKENS}
-        loss, output = forward_loss(model, batch, num_items_in_batch)
+        loss, output = forward_loss(model, batch, num_items_in_batch, self.args.label_smoothing_factor)
         self._tally.add(loss, inputs[TOKENS])
         value = loss.value
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -298,6 +304,7 @@ def build_trainer(
     listeners: Sequence[Listener],
     lengths: Lengths | None = None,
     batching: Batching | None = None,
+    swaps: Swaps | None = None,
 ) -> Trainer:
     """A trainer that is ready to `train()`.
 
@@ -306,11 +313,13 @@ def build_trainer(
         arguments: those that `training_arguments` made of `config`.
         lengths: tokens of each example; None counts them.
         batching: how micro-batches are made, as `choose_batching` found it for this model; None asks it.
+        swaps: gets the forwards of the layers that are recomputed; to be undone after training.
     """
     callbacks: list[Any] = [Reporter(listeners)]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     batching = choose_batching(model, config, arguments) if batching is None else batching
+    train_in(model, config.adapter_dtype, config.learning_rate)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -328,6 +337,14 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.guard(config)
+
+    def run_largest() -> Tensor:
+        rows = largest_batch(trainer._lengths, batching)
+        collate = Collator(batching, trainer.processing_class.pad_token_id)
+        return trainer.loss_of(collate([examples[index] for index in rows]), None)
+
+    swaps = Swaps() if swaps is None else swaps
+    recompute(model, config.gradient_checkpointing, run_largest, swaps, lambda here: gather_object([here]))
     return trainer
 
 
@@ -354,7 +371,11 @@ def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data
         SettingError: transformers or TRL does not accept a value.
     """
     on_gpu = device != "cpu"
-    checkpointing = on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing
+    if config.adapter_dtype == "bfloat16" and dtype != "bfloat16":
+        raise SettingError(
+            f"adapter_dtype: bfloat16 would round the products of the adapter in a run in {dtype}; set bf16: true, or "
+            "adapter_dtype: float32"
+        )
     strategy = config.eval_strategy or ("epoch" if has_eval_data else "no")
     if strategy != "no" and not has_eval_data:
         raise SettingError(f"eval_strategy {strategy} needs evaluation data: give eval_dataset or eval_size")
@@ -371,7 +392,8 @@ def training_arguments(config: RunConfig, device: str, dtype: str, has_eval_data
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
-        **{_CHECKPOINTING: checkpointing},
+        # `recompute` does it: TRL's makes the embeddings' output require a gradient, which then is computed for nobody.
+        **{_CHECKPOINTING: False},
         neftune_noise_alpha=config.neftune_noise_alpha,
         seed=config.seed,
         logging_steps=config.logging_steps,

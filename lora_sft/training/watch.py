@@ -145,7 +145,8 @@ class Growth:
             and all(getattr(part["default"].weight, "ndim", 0) == 2 for part in (module.lora_A, module.lora_B))
         ]
         # A start such as PiSSA takes the update out of the matrix: both together are what there was.
-        self._sizes = [_norm(layer.get_base_layer().weight) + self._update(layer) for layer in self._layers]
+        self._starts = [self._update(layer) for layer in self._layers]
+        self._sizes: dict[int, Tensor] = {}
         self._turn = 0
 
     @staticmethod
@@ -156,20 +157,30 @@ class Growth:
         norm: Tensor = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
         return norm
 
+    def _of(self, place: int) -> Tensor:
+        """Update over matrix of one layer, (scalar). The matrix is frozen, so it is measured when it is first asked
+        for and no run begins with dequantizing the whole base."""
+        layer = self._layers[place]
+        if place not in self._sizes:
+            self._sizes[place] = _norm(layer.get_base_layer().weight) + self._starts[place]
+        grown: Tensor = self._update(layer) / self._sizes[place]
+        return grown
+
     def of_next(self) -> Tensor | None:
         """Update over matrix, (scalar), of one layer; each time of another. None if there is none to look at."""
         if not self._layers:
             return None
         self._turn = (self._turn + 1) % len(self._layers)
-        grown: Tensor = self._update(self._layers[self._turn]) / self._sizes[self._turn]
-        return grown
+        return self._of(self._turn)
 
     def of_half(self) -> float:
         """Of all layers, half have grown by at least so much."""
-        devices = [size.device for size in self._sizes]
-        grown = [self._update(layer) / size for layer, size in zip(self._layers, self._sizes, strict=True)]
-        values = sorted(float(one.to(device)) for one, device in zip(grown, devices, strict=True))
-        values = [value for value in values if not math.isnan(value)]
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for place in range(len(self._layers)):
+            grown = self._of(place)
+            by_device.setdefault(grown.device, []).append(grown)
+        found = [value for some in by_device.values() for value in torch.stack(some).tolist()]  # one wait a device
+        values = sorted(value for value in found if not math.isnan(value))
         return values[len(values) // 2] if values else 0.0
 
 
@@ -221,6 +232,7 @@ class Watch(TrainerCallback):
         self.loss_of, self.over_all, self.scale, self.fail = loss_of, over_all, scale, fail
         self._batches: list[MicroBatch] = []
         self._losses: list[Tensor] = []
+        self._own: Tensor | None = None
         self._growth: Growth | None = None
         self._grown: Tensor | None = None
         self._first: MicroBatch | None = None
@@ -232,8 +244,16 @@ class Watch(TrainerCallback):
         random = random_state(self.model.device)
         self._batches.append(MicroBatch(step, len(self._batches), inputs, token_count, random))
 
-    def add(self, loss: Tensor) -> None:
-        """Called with the loss of that micro-batch, which is divided by the tokens of its step; waits for nothing."""
+    def add(self, loss: Tensor, own_mean: Tensor | None = None) -> None:
+        """Called with the loss of that micro-batch; waits for nothing.
+
+        Args:
+            loss: as it is differentiated: divided by the tokens of its step.
+            own_mean: divided by its own tokens, as `loss_of` gives it without a count. None has the first micro-batch
+                of the run computed once more, to know it.
+        """
+        if not self._losses:
+            self._own = None if own_mean is None else own_mean.detach()
         self._losses.append(loss.detach())
 
     def on_train_begin(
@@ -250,7 +270,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forgets the last step."""
-        self._batches, self._losses = [], []
+        self._batches, self._losses, self._own = [], [], None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -308,7 +328,7 @@ class Watch(TrainerCallback):
         loss = total / processes
         if self._first is None:
             self._first, self._first_loss = self._batches[0], loss
-            self._own_loss = self._probe(self._first)
+            self._own_loss = self._probe(self._first) if self._own is None else float(self._own)
         elif loss > lost_from(self._first_loss, self.vocabulary_size):
             self._check_lost(step)
 

@@ -5,26 +5,14 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_sft.model.base import keep_weights_unpacked
 from lora_sft.model.tiny import save_tiny, tiny_model
 from lora_sft.training.batching import Batching
 from lora_sft.training.isolation import leaks, probe, settle
+from tests.families import tiny
 
-SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -95,15 +83,6 @@ WITHOUT_KERNELS = {
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
-
-
-def tiny(family, shape, **options):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SHAPE | shape)), **options)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:  # large enough that a token far away would be felt
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 @pytest.mark.parametrize("one_row", [True, False])
