@@ -1,10 +1,12 @@
 """`python -m bench`: every bench, one after the other."""
 
-from bench import checkpoints, labels, merge, preparation, start_up, training
+from bench import checkpoints, first_step, kernels, labels, merge, preparation, start_up, training
 
 start_up.main()
 labels.main()
 preparation.main()
 merge.main()
 checkpoints.main()
+first_step.main()
+kernels.main()
 training.main()  # last: it ends with 3 where losses do not agree

@@ -6,6 +6,8 @@ order. It prints CPU seconds and wall-clock seconds until the first step begins 
 go. Nothing is prepared or cached from an earlier round.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 import random
@@ -17,7 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from importlib.abc import MetaPathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 SHAPE: dict[str, Any] = {
@@ -154,15 +158,13 @@ KEYS = {
 }
 
 
-def clocked(side: str, folder: Path, begun: float, parts: dict[str, float] | None) -> None:
+def clocked(side: str, folder: Path, begun: float, with_parts: bool) -> None:
     """Runs a side up to the log line of its first step, prints what the clocks said, and ends the process there.
 
     Args:
         begun: when the process was started, as `time.time` tells it.
-        parts: seconds of each of `PARTS`, filled while it runs; None times nothing but the step.
+        with_parts: whether to time each of `PARTS` too.
     """
-    from transformers.trainer_callback import CallbackHandler as Handler
-
     found: dict[str, Any] = {}
 
     def stamp(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,13 +177,42 @@ def clocked(side: str, folder: Path, begun: float, parts: dict[str, float] | Non
         return stamped
 
     def logged(handler: Any, args: Any, state: Any, control: Any, logs: dict[str, float]) -> None:
-        print(json.dumps({**found, "loss": float(logs["loss"]), "parts": parts}), flush=True)
+        print(json.dumps({**found, "loss": float(logs["loss"])}), flush=True)
         os._exit(0)
 
-    Handler.on_step_begin = stamp("begin", Handler.on_step_begin)
-    Handler.on_step_end = stamp("end", Handler.on_step_end)
-    Handler.on_log = logged
+    def set_clocks(callbacks: ModuleType) -> None:
+        handler = callbacks.CallbackHandler
+        handler.on_step_begin = stamp("begin", handler.on_step_begin)
+        handler.on_step_end = stamp("end", handler.on_step_end)
+        handler.on_log = logged
+
+    when_imported("transformers.trainer_callback", set_clocks)
+    if with_parts:
+        found["parts"] = timed_parts()
     SIDES[side](folder)
+
+
+def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
+    """Has `act` change a module when a side imports it: what each imports first, and how, is part of the race."""
+
+    class Finder(MetaPathFinder):
+        def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+            if fullname != name:
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(fullname)
+            assert spec is not None
+            assert spec.loader is not None
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                act(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+            return spec
+
+    sys.meta_path.insert(0, Finder())
 
 
 @contextmanager
@@ -212,10 +243,10 @@ def timed_parts() -> dict[str, float]:
 
         return taking
 
-    import importlib
+    import lora_sft
 
     with _taking("imports", parts, running):
-        importlib.import_module("lora_sft.api")
+        _ = lora_sft.finetune  # imported as `from lora_sft import finetune` does
     for name, place in PARTS.items():
         if place is not None:
             home, _, attribute = place.rpartition(".")
@@ -298,6 +329,6 @@ def main(rounds: int = 5) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--side"]:
         side, place, begun, with_parts = sys.argv[2:]
-        clocked(side, Path(place), float(begun), timed_parts() if with_parts == "True" else None)
+        clocked(side, Path(place), float(begun), with_parts == "True")
     else:
         main(*map(int, sys.argv[1:]))

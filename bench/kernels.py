@@ -1,6 +1,6 @@
 """The element-wise parts of a training step: ours beside the model's own, torch's and the compiled plain formula.
 
-`python -m bench.kernels [ROUNDS]` computes values and gradients of each part in turn, round by round, on one thread, and
+`python -m bench.kernels [ROUNDS]` computes values and gradients of each part in turn, round by round, on one thread. It
 prints medians of CPU milliseconds, their ratio to the model's own, and what autograd holds beside the part's output.
 Memory that was freed is used again (two settings of the C library), because the cost of fresh pages depends on what ran
 before. Compiling comes first and is told apart; its time is the wall clock's, since another process compiles.

@@ -6,7 +6,7 @@
 
 Models have random weights; NF4 with double quantization, rank 16 on every linear layer, AdamW at 2e-4, micro-batches of
 8 rows. `the same batches`: the rows in one order. `any batches`: each side's own ways to fill them,
-twice as many steps, compared by supervised tokens a second.
+two steps more, compared by supervised tokens a second.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from bench.training_summary import as_json, disagreeing, summarize, table
 DATA_DIR = Path(__file__).parents[2] / "shared" / "data"
 CASES = (("A", "alpaca"), ("A", "tools"), ("B", "alpaca"), ("C", "alpaca"))
 """What runs where nothing is asked for; the first also with batches of any kind."""
-STEPS = 4
+CPU_MODELS = ("A", "B", "C")
+STEPS, MORE_STEPS = 4, 2
 
 
 def has_cuda() -> bool:
@@ -59,7 +60,7 @@ def best_first(races: list[dict[str, Taken]]) -> list[dict[str, Taken]]:
 def compare(model: str, data: str, options: argparse.Namespace, dtype: str, any_batches: bool) -> dict[str, Any]:
     """One case: prints its table, and gives it for the file."""
     # Steps differ more where each side fills batches in its own way, and so more of them are taken.
-    steps = (options.steps or STEPS) * (2 if any_batches else 1)
+    steps = (options.steps or STEPS) + (MORE_STEPS if any_batches else 0)
     common, workload = shared_by_all(model, data, options.data_dir, steps, dtype)
     sides = sides_of_any_batches(common, data) if any_batches else sides_of_same_batches(common, options.full)
     races = [race(sides) for _ in range(options.rounds)]
@@ -79,7 +80,8 @@ def cases_of(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Models and workloads that were asked for and can run here; why others cannot is said."""
     if options.model is None and options.data is None:
         return list(CASES)
-    models = list(SHAPES)[:3] if options.model is None else list(SHAPES) if options.model == "all" else [options.model]
+    everything = [*CPU_MODELS, *(model for model, shape in SHAPES.items() if shape.needs_cuda)]
+    models = {None: list(CPU_MODELS), "all": everything}.get(options.model, [options.model])
     if any(SHAPES[model].needs_cuda for model in models) and not has_cuda():
         for model in (model for model in models if SHAPES[model].needs_cuda):
             print(f"{model}: left out, there is no CUDA device here")

@@ -299,6 +299,9 @@ class TrainingSettings(Section):
     )
     warmup_ratio: Fraction = setting(0.03, "Share of the steps over which the learning rate rises from 0.")
     warmup_steps: NonNegativeInt | None = setting(None, "Number of those steps; replaces warmup_ratio.")
+    label_smoothing: Fraction = setting(
+        0.0, "Share of each target that is spread over the whole vocabulary.", also=("label_smoothing_factor",)
+    )
     weight_decay: NonNegativeFloat = setting(0.0, "AdamW's weight decay on the adapter.")
     max_grad_norm: NonNegativeFloat = setting(
         1.0,

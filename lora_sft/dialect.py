@@ -54,7 +54,7 @@ def _value(name: str, value: Any) -> Any:
     if value == "auto" and name in RunConfig.model_fields and RunConfig.model_fields[name].default is None:
         return None  # bf16: auto, load_in_4bit: auto: chosen by us when unset
     if name == "gradient_checkpointing" and value == "unsloth":
-        return True
+        return "offload"
     if name == "lora_target_modules" and value == "all":
         return "all-linear"
     if name == "report_to" and value in (None, [], ""):

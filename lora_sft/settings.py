@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from math import isinf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,7 +28,7 @@ NOT_PASSED_ON = {
         ("packing", "eval_packing", "padding_free", "dataset_text_field", "completion_only_loss"), _OUR_DATA
     ),
     **dict.fromkeys(("dataloader_drop_last", "accelerator_config", "length_column_name", "data_seed"), _OUR_BATCHES),
-    **dict.fromkeys(("label_smoothing_factor", "loss_type", "compute_loss_func", "label_names"), _OUR_LOSS),
+    **dict.fromkeys(("loss_type", "compute_loss_func", "label_names"), _OUR_LOSS),
     **dict.fromkeys(("activation_checkpointing",), "use gradient_checkpointing"),
     **dict.fromkeys(("push_to_hub", "push_to_hub_token", "hub_token", "hub_model_id", "hub_strategy"), _NO_HUB),
     **dict.fromkeys(("hub_private_repo", "hub_always_push", "hub_revision"), _NO_HUB),
@@ -165,7 +165,7 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
             _put(found, name, value)
         elif name.startswith("no_") and name not in RunConfig.model_fields:
             _put(found, name.removeprefix("no_"), "false")
-        elif rest and not rest[0].startswith("--") and not (_is_switch(name) and not _says_yes_or_no(rest[0])):
+        elif rest and not rest[0].startswith("--") and (not _is_switch(name) or _is_value(name, rest[0])):
             _put(found, name, rest.pop(0))
         elif _is_switch(name) or name in MEANINGS:
             _put(found, name, "true")
@@ -175,14 +175,28 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_switch(name: str) -> bool:
-    """Whether the setting is a boolean, so that its bare name means yes."""
-    name = other_names().get(name, name)
-    field = RunConfig.model_fields.get(name)
-    return field is not None and field.annotation in (bool, bool | None)
+    """Whether the setting is a boolean, or may be one, so that its bare name means yes."""
+    return bool in _choices(name)
 
 
-def _says_yes_or_no(word: str) -> bool:
-    return isinstance(read_yaml(word), bool) or word.lower() in ("auto", "none", "null")
+def _choices(name: str) -> tuple[Any, ...]:
+    """Types and words that a setting may be; none if there is no such setting."""
+    field = RunConfig.model_fields.get(other_names().get(name, name))
+    if field is None:
+        return ()
+    parts = get_args(field.annotation) or (field.annotation,)
+    return tuple(choice for part in parts for choice in (get_args(part) if get_origin(part) is Literal else (part,)))
+
+
+def _is_value(name: str, word: str) -> bool:
+    """Whether the word behind a switch belongs to it."""
+    choices = _choices(name)
+    return (
+        isinstance(read_yaml(word), bool)
+        or word.lower() in ("auto", "none", "null")
+        or word in choices
+        or str in choices
+    )
 
 
 def _put(found: dict[str, Any], name: str, text: str) -> None:

@@ -128,6 +128,8 @@ def test_shapes_for_a_gpu_are_left_out_with_a_reason_where_there_is_none(monkeyp
     monkeypatch.setattr(training, "has_cuda", lambda: False)
     assert training.cases_of(training.read_options(["--model", "llama-8b"])) == []
     assert "llama-8b: left out, there is no CUDA device here" in capsys.readouterr().out
+    everything = training.cases_of(training.read_options(["--model", "all", "--data", "tools"]))
+    assert everything == [("A", "tools"), ("B", "tools"), ("C", "tools")]
 
 
 @pytest.mark.parametrize(("model", "words"), [("all", "is of one model"), ("qwen3-8b", "no CUDA device")])

@@ -40,44 +40,55 @@ class Activation(NamedTuple):
     write_gradient: Callable[..., Any]
 
 
-def _gelu(approximate: str) -> Activation:
-    """GELU as it is ("none") or by tanh."""
-    aten = torch.ops.aten
+def _gelu(name: str, approximate: str) -> Activation:
+    """GELU as it is ("none"), or by tanh."""
     return Activation(
-        "gelu" if approximate == "none" else "gelu_tanh",
+        name,
         lambda x: F.gelu(x, approximate=approximate),
-        lambda x, out: aten.gelu.out(x, approximate=approximate, out=out),
-        lambda g, x, grad_input: aten.gelu_backward.grad_input(g, x, approximate=approximate, grad_input=grad_input),
+        lambda x, out: _ATEN.gelu.out(x, approximate=approximate, out=out),
+        lambda g, x, grad_input: _ATEN.gelu_backward.grad_input(g, x, approximate=approximate, grad_input=grad_input),
     )
 
 
-SILU = Activation("silu", F.silu, torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input)
-GELU, GELU_TANH = _gelu("none"), _gelu("tanh")
+_ATEN = torch.ops.aten
+
+SILU = Activation("silu", F.silu, _ATEN.silu.out, _ATEN.silu_backward.grad_input)
+GELU, GELU_TANH = _gelu("gelu", "none"), _gelu("gelu_tanh", "tanh")
 ACTIVATIONS = (SILU, GELU, GELU_TANH)
 
-Product = Callable[..., Tensor]  # of the parts: gate and up, or both in one
+Product = Callable[..., Tensor]
+"""Of the activation and the parts: gate and up, or both in one. May take `shared`, as `gated_product` does."""
 
 
-def gated_product(activation: Activation, *parts: Tensor) -> Tensor:
+class Shared:
+    """act(gate), from when `computed_again` made it for the layer behind a product until the product's gradient is had.
+
+    Backward comes to the two one right after the other; it costs as much as the rest of the product's gradient.
+    """
+
+    activated: Tensor | None = None  # (rows, width)
+
+
+def gated_product(activation: Activation, *parts: Tensor, shared: Shared | None = None) -> Tensor:
     """p = act(gate) ∘ up, of shape (…, width).
 
     With g the gradient at p, that at up is g ∘ act(gate) and that at gate is g ∘ up ∘ act'(gate). Only the parts are
-    held for it; act(gate) is computed again.
+    held for it; act(gate) is computed again, or taken from what is shared.
 
     Args:
         parts: gate and up (…, width) of one dtype, or one tensor (…, 2 · width) with the gate first.
 
     Source: GLU Variants Improve Transformer (arXiv 2002.05202).
     """
-    return _GatedProduct.apply(activation, *parts)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedProduct.apply(activation, shared or Shared(), *parts)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _GatedProduct(torch.autograd.Function):
     """`gated_product`."""
 
     @staticmethod
-    def forward(ctx: Any, activation: Activation, *parts: Tensor) -> Tensor:
-        ctx.activation = activation
+    def forward(ctx: Any, activation: Activation, shared: Shared, *parts: Tensor) -> Tensor:
+        ctx.activation, ctx.shared = activation, shared
         ctx.save_for_backward(*parts)
         return _product(activation, *parts)
 
@@ -85,25 +96,32 @@ class _GatedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, at_product: Tensor) -> tuple[Tensor | None, ...]:
         activation, parts = ctx.activation, ctx.saved_tensors
+        activated, ctx.shared.activated = ctx.shared.activated, None
         gradients = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in parts]
         rows = at_product.reshape(-1, at_product.shape[-1])
-        step = rows_at_a_time(rows.shape[-1], rows.device)
-        buffer = torch.empty_like(rows[:step])
-        for g, gate, up, at_gate, at_up in _blocks(rows, *_halves(parts), *_halves(gradients)):
-            activation.write(gate, out=at_up)
-            at_up.mul_(g)
-            at_activation = torch.mul(g, up, out=buffer[: len(g)])
-            activation.write_gradient(at_activation, gate, grad_input=at_gate)
-        return None, *gradients
+        buffer = torch.empty_like(rows[: rows_at_a_time(rows.shape[-1], rows.device)])
+        gate, up = _halves(parts)
+        given = gate if activated is None else activated
+        for g, gate_rows, up_rows, given_rows, at_gate, at_up in _blocks(rows, gate, up, given, *_halves(gradients)):
+            if activated is None:
+                given_rows = activation.write(gate_rows, out=at_up)
+            torch.mul(given_rows, g, out=at_up)
+            at_activation = torch.mul(g, up_rows, out=buffer[: len(g)])
+            activation.write_gradient(at_activation, gate_rows, grad_input=at_gate)
+        return None, None, *gradients
 
 
-def _product(activation: Activation, *parts: Tensor) -> Tensor:
-    """act(gate) ∘ up, block by block."""
+def _product(activation: Activation, *parts: Tensor, shared: Shared | None = None) -> Tensor:
+    """act(gate) ∘ up, block by block; shared, act(gate) is kept."""
     gate, up = _halves(parts)
     found = torch.empty(*parts[0].shape[:-1], gate.shape[-1], dtype=gate.dtype, device=gate.device)
-    for p, gate_rows, up_rows in _blocks(found.view(-1, gate.shape[-1]), gate, up):
-        activation.write(gate_rows, out=p)
-        p.mul_(up_rows)
+    rows = found.view(-1, gate.shape[-1])
+    activated = rows if shared is None else torch.empty_like(rows)
+    for p, a, gate_rows, up_rows in _blocks(rows, activated, gate, up):
+        activation.write(gate_rows, out=a)
+        torch.mul(a, up_rows, out=p)
+    if shared is not None:
+        shared.activated = activated
     return found
 
 
@@ -125,7 +143,9 @@ class _Again(NamedTuple):
     shape: torch.Size
 
 
-def computed_again(product: Tensor, activation: Activation, *parts: Tensor) -> AbstractContextManager[Any]:
+def computed_again(
+    product: Tensor, activation: Activation, shared: Shared | None, *parts: Tensor
+) -> AbstractContextManager[Any]:
     """While it is entered, autograd holds the parts wherever it would hold their product, and multiplies them again.
 
     The parts are held anyway by `gated_product`; the product otherwise by the adapter behind it, whose weight's
@@ -146,7 +166,7 @@ def computed_again(product: Tensor, activation: Activation, *parts: Tensor) -> A
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad():
-            return _product(activation, *held).view(packed.shape)
+            return _product(activation, *held, shared=shared).view(packed.shape)
 
     return saved_tensors_hooks(pack, unpack)
 
@@ -222,10 +242,7 @@ def _devices(module: nn.Module) -> tuple[torch.device, ...]:
 def _products(device: torch.device, layout: tuple[str, ...]) -> list[tuple[Product, Activation]]:
     """What may compute a product there, the fastest first of each activation."""
 
-    def ours(activation: Activation) -> Product:
-        return lambda *parts: gated_product(activation, *parts)
-
-    found: list[tuple[Product, Activation]] = [(ours(activation), activation) for activation in ACTIVATIONS]
+    found: list[tuple[Product, Activation]] = [(gated_product, activation) for activation in ACTIVATIONS]
     if device.type != "cuda" or len(layout) != 2:
         return found
     try:
@@ -235,7 +252,12 @@ def _products(device: torch.device, layout: tuple[str, ...]) -> list[tuple[Produ
         )
     except ImportError:
         return found
-    return [(LigerSiLUMulFunction.apply, SILU), (LigerGELUMulFunction.apply, GELU_TANH), *found]
+
+    def liger(activation: Activation, *parts: Tensor) -> Tensor:
+        function = LigerSiLUMulFunction if activation is SILU else LigerGELUMulFunction
+        return function.apply(*parts)  # type: ignore[no-any-return]
+
+    return [(liger, SILU), (liger, GELU_TANH), *found]
 
 
 def _prove(module: nn.Module, layout: tuple[str, ...]) -> tuple[Product, Activation] | None:
@@ -280,8 +302,9 @@ def _forward_of(
         if len(args) != 1 or kwargs:
             return own(*args, **kwargs)  # type: ignore[no-any-return]
         parts = [getattr(module, name)(args[0]) for name in layout]
-        multiplied = product(*parts)
-        with computed_again(multiplied, activation, *parts):
+        shared = Shared() if product is gated_product else None
+        multiplied = product(activation, *parts, **({"shared": shared} if shared else {}))
+        with computed_again(multiplied, activation, shared, *parts):
             return module.down_proj(multiplied)  # type: ignore[operator, no-any-return]
 
     return forward

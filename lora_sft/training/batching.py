@@ -310,16 +310,19 @@ def lay_end_to_end(examples: Sequence[Example]) -> dict[str, Tensor | int]:
     Source: `DataCollatorForLanguageModeling` of TRL 1.16 with `padding_free`, and `masking_utils.py` of transformers.
     """
     sizes = [len(example.input_ids) for example in examples]
-    labels = [[IGNORED, *example.labels[1:]] for example in examples]
-    borders = torch.tensor([0, *np.cumsum(sizes).tolist()], dtype=torch.int32)
-    number = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(sizes))
+    borders = np.cumsum([0, *sizes], dtype=np.int32)
+    labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
+    labels[borders[:-1]] = IGNORED
+    rows = {
+        "input_ids": np.concatenate([example.input_ids for example in examples]).astype(np.int64),
+        "labels": labels,
+        "position_ids": np.arange(borders[-1], dtype=np.int64) - np.repeat(borders[:-1], sizes),
+        "seq_idx": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+    }
     return {
-        "input_ids": torch.tensor([list(chain.from_iterable(example.input_ids for example in examples))]),
-        "labels": torch.tensor([list(chain.from_iterable(labels))]),
-        "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
+        **{name: torch.from_numpy(row)[None] for name, row in rows.items()},
+        "cu_seq_lens_q": torch.from_numpy(borders),
+        "cu_seq_lens_k": torch.from_numpy(borders),
         "max_length_q": max(sizes),
         "max_length_k": max(sizes),
-        "seq_idx": number[None],
     }

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,16 +18,15 @@ def pad(examples: Sequence[Example], pad_token_id: int, device: Any = "cpu") -> 
 
     The first label of a row is -100: nothing stands before it, and so it is in no count either.
     """
-    longest = max(len(example.input_ids) for example in examples)
-
-    def column(rows: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
-
-    return {
-        "input_ids": column([example.input_ids for example in examples], pad_token_id),
-        "attention_mask": column([[1] * len(example.input_ids) for example in examples], 0),
-        "labels": column([[IGNORED, *example.labels[1:]] for example in examples], IGNORED),
-    }
+    shape = len(examples), max(len(example.input_ids) for example in examples)
+    input_ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    for row, example in enumerate(examples):
+        here = slice(len(example.input_ids))
+        input_ids[row, here], labels[row, here], attention_mask[row, here] = example.input_ids, example.labels, 1
+    labels[:, 0] = IGNORED
+    columns = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
 
 
 def batches(

@@ -17,7 +17,9 @@ from lora_sft.chat import IGNORED
 from lora_sft.chat.labels import Example
 from lora_sft.console import say, warn
 from lora_sft.kernels.attention import swap_attention
+from lora_sft.kernels.gated import swap_gated
 from lora_sft.kernels.head import swap_head
+from lora_sft.kernels.norm import swap_norms
 from lora_sft.kernels.projection import swap_projections
 from lora_sft.kernels.swap import Part, Swaps
 from lora_sft.training.batching import Batching, lay_in_rows
@@ -27,6 +29,8 @@ from lora_sft.training.loss import forward_loss
 
 PARTS: tuple[Callable[[Any, Swaps], Part], ...] = (
     swap_projections,
+    swap_norms,
+    swap_gated,
     swap_head,
     swap_attention,
 )

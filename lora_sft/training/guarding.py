@@ -34,6 +34,7 @@ class Guarding(Base):
 
     model: Any
     watch: Watch | None = None
+    label_smoothing: float
     _examples: Sequence[Example]
     _lengths: Lengths
     _batching: Batching
@@ -87,7 +88,7 @@ class Guarding(Base):
         batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != TOKENS})
         self.model.train()
         with self.compute_loss_context_manager():
-            loss, _ = forward_loss(self.model, batch, token_count, self.args.label_smoothing_factor)
+            loss, _ = forward_loss(self.model, batch, token_count, self.label_smoothing)
         return loss.value
 
     def over_all(self, *sums: float) -> Sequence[float]:

@@ -103,7 +103,8 @@ def forward_loss(
     inputs, takes = inputs_of(model, batch), "logits_to_keep" in _parameters(model)
     if takes:
         inputs["logits_to_keep"] = supervised.positions
-    tokens = supervised.places.new_tensor(len(supervised.places))
+    # Filled on the device: a number that is copied there would be waited for.
+    tokens = torch.full_like(supervised.places[:1].sum(), len(supervised.places))
     divisor = tokens.clamp(min=1) if token_count is None else token_count
     longest = batch.get("max_length_q")
     tap = tap_of(base_of(model))

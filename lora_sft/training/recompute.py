@@ -7,25 +7,22 @@ adds nothing to the peak. To keep the matrix products of every layer and recompu
 seconds with NF4, depends on the names of kernels, and fails where one adds to a product in place.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_sft.console import say
 from lora_sft.errors import ModelError
 from lora_sft.kernels.swap import Swaps
+from lora_sft.training.activations import Activations, input_apart, layers_of, measure
 from lora_sft.training.batching import Batching, Lengths, plan_batches
-from lora_sft.training.loss import base_of
+from lora_sft.training.offload import HostCopies
 
 Mode = Literal["none", "selective", "full", "offload"]
 
@@ -34,38 +31,6 @@ SHARE_TO_USE = {"cuda": 0.9, "cpu": 0.5}
 
 BYTES_OF_A_TRAINED_WEIGHT = 12
 """A gradient and two AdamW moments in float32, which come with the first step."""
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What one forward pass keeps for its backward pass, in bytes.
-
-    Attributes:
-        kept: by each layer in the order of the arithmetic, if it is not recomputed.
-        inputs: of each layer; with recomputation, that is what it keeps.
-        outside: by all that is no layer: embeddings, masks, output layer and loss.
-    """
-
-    kept: Sequence[int]
-    inputs: Sequence[int]
-    outside: int
-
-    def held(self, recomputed: int) -> int:
-        """What is held at the end of the forward pass if so many of the first layers are recomputed."""
-        return self.outside + sum(self.inputs[:recomputed]) + sum(self.kept[recomputed:])
-
-    def peak(self, recomputed: int, held: int | None = None) -> int:
-        """The most that is needed during the backward pass, in which gradients are as large as what they are of.
-
-        It is reached at its beginning, in the loss or in the last layer, which is computed again first if it is among
-        those that are recomputed.
-
-        Args:
-            held: at the end of the forward pass, where it is not `held(recomputed)`.
-        """
-        held = self.held(recomputed) if held is None else held
-        layer = max(self.kept, default=0) * (2 if recomputed == len(self.kept) else 1)
-        return max(held + self.outside, held - self.outside + layer)
 
 
 class Rung(NamedTuple):
@@ -194,22 +159,6 @@ def _still_to_come(model: nn.Module) -> int:
     return BYTES_OF_A_TRAINED_WEIGHT * trained
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model of transformers, in order: what it can checkpoint itself, or must not be split.
-
-    Of one that also sees or hears, those of its language model.
-    """
-    base = base_of(model)
-    text = (base.get_decoder() if hasattr(base, "get_decoder") else None) or base
-    whole = tuple(getattr(base, "_no_split_modules", None) or ())
-    found = _outermost(text, lambda module: isinstance(module, GradientCheckpointingLayer))
-    return found or _outermost(text, lambda module: type(module).__name__ in whole)
-
-
-def _outermost(module: nn.Module, is_one: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    return [found for child in module.children() for found in ([child] if is_one(child) else _outermost(child, is_one))]
-
-
 def largest_batch(lengths: Lengths, batching: Batching) -> list[int]:
     """The examples of that micro-batch of the first epoch in which most tokens are computed, padding included."""
 
@@ -219,9 +168,6 @@ def largest_batch(lengths: Lengths, batching: Batching) -> list[int]:
         return sum(sizes) if end_to_end else len(sizes) * max(sizes, default=0)
 
     return max(plan_batches(lengths, batching).batches, key=computed)
-
-
-# --- switching it on ----------------------------------------------------------------------------------
 
 
 def switch_on(layers: Sequence[nn.Module], swaps: Swaps, host: "HostCopies | None" = None) -> None:
@@ -245,209 +191,8 @@ def _recomputed(
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not (layer.training and torch.is_grad_enabled()):
             return before(*args, **kwargs)
-        hidden, run = _apart(before, args, kwargs)
+        hidden, run = input_apart(before, args, kwargs)
         with away():
             return checkpoint(run, hidden, use_reentrant=False)
 
     return forward
-
-
-def _apart(
-    before: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """A call of a layer → its input, and the call as a function of that; what all layers share stays in the latter."""
-    rest = dict(kwargs)
-    if args:
-        others = args[1:]
-        return args[0], lambda hidden: before(hidden, *others, **rest)
-    hidden = rest.pop("hidden_states")
-    return hidden, lambda hidden: before(hidden_states=hidden, **rest)
-
-
-@dataclass
-class _Away:
-    """A layer's input that was sent to the host.
-
-    Attributes:
-        copy: of it, on the host.
-        device: from which it came.
-        previous: of the layer before, which the backward pass needs next.
-        arriving: on its way back to the device, and the event of its arrival.
-    """
-
-    copy: Tensor
-    device: torch.device
-    previous: "_Away | None"
-    arriving: tuple[Tensor, Any] | None = None
-
-
-@dataclass
-class HostCopies:
-    """Inputs of layers, copied to the host while the layer computes, and back one layer ahead of the backward pass.
-
-    Copies go through pinned memory on a stream of their own. A tensor on the CPU is copied at once, which is of no use
-    but to try it.
-    """
-
-    _latest: _Away | None = None
-    _streams: dict[torch.device, Any] = field(default_factory=dict)
-
-    def keeping(self, number: int) -> Callable[[], AbstractContextManager[Any]]:
-        """What is saved within the context is kept on the host; layer 0 begins a forward pass."""
-
-        def pack(tensor: Tensor) -> _Away:
-            away = self._send(tensor, None if number == 0 else self._latest)
-            self._latest = away
-            return away
-
-        return lambda: saved_tensors_hooks(pack, self._fetch)
-
-    def _send(self, tensor: Tensor, previous: _Away | None) -> _Away:
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
-        if tensor.is_cuda:
-            stream = self._stream(tensor.device)
-            stream.wait_stream(torch.cuda.current_stream(tensor.device))
-            with torch.cuda.stream(stream):
-                copy.copy_(tensor.detach(), non_blocking=True)
-            tensor.record_stream(stream)  # its memory is not given to others before the copy is made
-        else:
-            copy.copy_(tensor.detach())
-        return _Away(copy, tensor.device, previous)
-
-    def _fetch(self, away: _Away) -> Tensor:
-        self._latest = None
-        tensor, arrived = self._bring(away)
-        away.arriving = None
-        if arrived is not None:
-            now = torch.cuda.current_stream(away.device)
-            now.wait_event(arrived)
-            tensor.record_stream(now)
-        if away.previous is not None:
-            self._bring(away.previous)
-        return tensor
-
-    def _bring(self, away: _Away) -> tuple[Tensor, Any]:
-        """Starts the way back, unless it has begun."""
-        if away.arriving is None:
-            if away.device.type == "cuda":
-                stream = self._stream(away.device)
-                with torch.cuda.stream(stream):
-                    away.arriving = away.copy.to(away.device, non_blocking=True), stream.record_event()
-            else:
-                away.arriving = away.copy.clone(), None
-        return away.arriving
-
-    def _stream(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
-
-
-# --- measuring ----------------------------------------------------------------------------------------
-
-
-def measure(model: Any, run: Callable[[], Tensor]) -> Activations:
-    """Runs a micro-batch forward and counts what it saves for a backward pass, of which nothing is held.
-
-    Of layers that are alike, one is computed and counted for all; where a layer returns more than a tensor, each is.
-    Storage that several tensors share counts once, parameters and buffers do not count. What a function keeps as an
-    attribute of its context, instead of saving it, is not seen. The random generators are left as they were.
-
-    Args:
-        run: computes the loss.
-    """
-    count = _Count(tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    kept: list[int] = []
-    inputs: list[int] = []
-    alike: dict[Any, int] = {}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with Swaps() as swaps, torch.random.fork_rng(devices=devices):
-        for layer in layers_of(model):
-            swaps.forward(layer, _counted(layer, layer.forward, count, kept, inputs, alike))
-        with count, torch.enable_grad():
-            run()
-    return Activations(kept, inputs, count.total - sum(count.inside))
-
-
-def _counted(
-    layer: nn.Module,
-    before: Callable[..., Any],
-    count: "_Count",
-    kept: list[int],
-    inputs: list[int],
-    alike: dict[Any, int],
-) -> Callable[..., Any]:
-    """A forward that counts what it saves, or, where that is known of a layer like it, gives back its input."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, run = _apart(before, args, kwargs)
-        inputs.append(hidden.untyped_storage().nbytes())
-        kind = (_kind_of(layer), hidden.requires_grad)
-        if kind in alike:
-            kept.append(alike[kind])
-            return hidden
-        count.see(value for value in (*args[1:], *kwargs.values()) if value is not hidden)  # all layers share it
-        before_it = count.total
-        output = run(hidden)
-        kept.append(count.total - before_it)
-        count.inside.append(kept[-1])
-        if isinstance(output, Tensor) and output.shape == hidden.shape and output.requires_grad == hidden.requires_grad:
-            alike[kind] = kept[-1]
-        return output
-
-    return forward
-
-
-def _kind_of(layer: nn.Module) -> tuple[Any, ...]:
-    """What is equal in layers that save equally much."""
-    parameters = tuple((name, one.shape, one.requires_grad) for name, one in layer.named_parameters())
-    return type(layer), parameters
-
-
-class _Count(AbstractContextManager["_Count"]):
-    """Within the context: bytes of what autograd saves, none of which it holds.
-
-    Attributes:
-        total: bytes so far.
-        inside: of those, what each counted layer saved.
-    """
-
-    def __init__(self, excluded: Iterable[Tensor]) -> None:
-        self.total = 0
-        self.inside: list[int] = []
-        # A weak reference keeps the address of a storage from being used for another one.
-        self._seen: dict[Any, StorageWeakRef] = {}
-        for tensor in excluded:
-            self._is_new(tensor)
-        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
-
-    def __enter__(self) -> "_Count":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def see(self, values: Iterable[Any]) -> None:
-        """Counts tensors, also those inside tuples, lists and mappings."""
-        for value in values:
-            if isinstance(value, Tensor):
-                self._pack(value)
-            elif isinstance(value, (tuple, list)):
-                self.see(value)
-            elif isinstance(value, Mapping):
-                self.see(value.values())
-
-    def _pack(self, tensor: Tensor) -> None:
-        if self._is_new(tensor):
-            self.total += tensor.untyped_storage().nbytes()
-
-    def _is_new(self, tensor: Tensor) -> bool:
-        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        if storage.cdata in self._seen:
-            return False
-        self._seen[storage.cdata] = storage
-        return True
-
-    def _unpack(self, nothing: None) -> Tensor:
-        raise RuntimeError("a forward pass that only counts what it saves has no backward pass")

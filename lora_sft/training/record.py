@@ -23,7 +23,7 @@ MAY_DIFFER = frozenset(
     {"output_dir", "resume_from_checkpoint", "resume_with_changed", "logging_steps", "report_to", "export_to"}
     | {"save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size"}
     | {"on_bad_row", "max_lost_share", "allow", "data_cache", "dataset_num_proc", "trust_remote_code"}
-    | {"stop_when_diverging"}
+    | {"stop_when_diverging", "gradient_checkpointing"}
 )
 """Settings that a resumed run may change without going another way."""
 
@@ -119,7 +119,6 @@ def as_resolved(job: Job) -> RunConfig:
         "bf16": job.spec.dtype == "bfloat16",
         "fp16": job.spec.dtype == "float16",
         "device": job.spec.device.partition(":")[0],
-        "gradient_checkpointing": bool(job.arguments.gradient_checkpointing),
         "resume_from_checkpoint": "auto",
         "resume_with_changed": [],
         "dataset": _from_anywhere(job.config.dataset),

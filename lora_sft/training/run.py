@@ -90,6 +90,7 @@ def train(job: Job, folder: OutputFolder, given_model: Any, listeners: Sequence[
                 everyone,
                 job.train.examples.lengths,
                 job.batching,
+                swaps,
             )
             is_at_its_end = refuse_past_end(job, beginning.checkpoint)
             _begin(job, folder, beginning, now)

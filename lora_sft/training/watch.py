@@ -86,11 +86,12 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 def bad_weights(model: Any, trained_only: bool = False) -> list[str]:
     """Names of the weights that hold NaN or Inf; of a quantized one its scales are looked at."""
+    scales = {id(module.weight): found for module in model.modules() if (found := _scales_of(module)) is not None}
     named = {
         f"{name}{part}": tensor
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not trained_only
-        for part, tensor in _numbers_of(parameter).items()
+        for part, tensor in _numbers_of(parameter, scales.get(id(parameter))).items()
         if tensor.device.type != "meta" and tensor.numel()
     }
     by_device: dict[torch.device, list[str]] = {}
@@ -103,7 +104,17 @@ def bad_weights(model: Any, trained_only: bool = False) -> list[str]:
     return [name for name in named if name in bad]
 
 
-def _numbers_of(parameter: Tensor) -> dict[str, Tensor]:
+def _scales_of(module: Any) -> Tensor | None:
+    """The scales of an 8-bit layer's rows; its first forward pass moves them from the weight to its state."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    if not isinstance(module, Linear8bitLt):
+        return None
+    scales: Tensor | None = module.weight.SCB if module.state.SCB is None else module.state.SCB
+    return scales
+
+
+def _numbers_of(parameter: Tensor, scales: Tensor | None) -> dict[str, Tensor]:
     """What of a weight can be NaN: itself, or the scales of a quantized one (its bits may be stored as any dtype)."""
     state = getattr(parameter, "quant_state", None)
     if state is None and parameter.is_floating_point():
@@ -114,7 +125,7 @@ def _numbers_of(parameter: Tensor) -> dict[str, Tensor]:
             found[name] = holder.absmax
     if isinstance(offset := getattr(state, "offset", None), Tensor):
         found[" (offset of scales)"] = offset
-    if isinstance(scales := getattr(parameter, "SCB", None), Tensor):
+    if scales is not None:
         found[" (scales)"] = scales
     return found
 
@@ -162,7 +173,7 @@ class Growth:
         for and no run begins with dequantizing the whole base."""
         layer = self._layers[place]
         if place not in self._sizes:
-            self._sizes[place] = _norm(layer.get_base_layer().weight) + self._starts[place]
+            self._sizes[place] = _norm(layer.get_base_layer()) + self._starts[place]
         grown: Tensor = self._update(layer) / self._sizes[place]
         return grown
 
@@ -185,14 +196,15 @@ class Growth:
 
 
 @torch.no_grad()
-def _norm(weight: Tensor) -> Tensor:
-    """Frobenius norm of a weight (scalar, float64), of a quantized one as it is computed with."""
-    state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+def _norm(layer: Any) -> Tensor:
+    """Frobenius norm of a layer's weight (scalar, float64), of a quantized one as it is computed with."""
+    weight: Tensor = layer.weight
+    state, scales = getattr(weight, "quant_state", None), _scales_of(layer)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, state)
-    elif isinstance(scales, Tensor):
+    elif scales is not None:
         weight = weight.data.float() * (scales / 127).unsqueeze(-1)
     elif not weight.is_floating_point():
         return torch.tensor(math.inf, dtype=torch.float64, device=weight.device)  # nothing outgrows it

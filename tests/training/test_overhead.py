@@ -37,8 +37,8 @@ TO_DEVICE = {torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
 THE_LOOK = "training/watch.py on_pre_optimizer_step"
 HOST_COUNTERS = "torch/optim"
 """The optimizer counts its steps in tensors that lie on the host."""
-ON_THE_HOST = {"kernels/attention.py attention_by_document"}
-"""Ours for the CPU: where documents begin is read from a tensor that lies there."""
+ON_THE_HOST = {"kernels/attention.py attention_by_document", "kernels/norm.py _is_in"}
+"""Ours for the CPU: where documents begin is read from a tensor that lies there, and a weight's smallest value."""
 OF_TRANSFORMERS = {"find_packed_sequence_indices", "_ignore_causal_mask_sdpa"}
 """Its `masking_utils.py` asks in every forward pass whether examples are packed, or anything is padded (5.23)."""
 

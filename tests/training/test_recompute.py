@@ -28,21 +28,13 @@ from lora_sft.errors import ModelError, SettingError
 from lora_sft.kernels.swap import Swaps
 from lora_sft.model.adapter import attach, too_coarse, train_in
 from lora_sft.model.base import BaseSpec, load_base
+from lora_sft.training.activations import Activations, layers_of, measure
 from lora_sft.training.batching import Batching, lay_end_to_end
 from lora_sft.training.evaluation import pad
 from lora_sft.training.fast import PARTS
 from lora_sft.training.loss import forward_loss
-from lora_sft.training.recompute import (
-    Activations,
-    HostCopies,
-    choose_rung,
-    ladder,
-    largest_batch,
-    layers_of,
-    measure,
-    recompute,
-    switch_on,
-)
+from lora_sft.training.offload import HostCopies
+from lora_sft.training.recompute import choose_rung, ladder, largest_batch, recompute, switch_on
 from lora_sft.training.state import read_state
 from lora_sft.training.trainer import build_trainer, training_arguments
 from tests.conftest import FEW, sums
