@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_sft.kernels.swap import Part, Swaps
+from lora_sft.kernels.swap import Part, Swaps, run_once
 
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Logits that are held at a time, in the dtype of the arithmetic."""
@@ -244,17 +244,12 @@ def shaping_of(model: Any, head: nn.Linear) -> Shaping | None:
     def numbers(hidden: Tensor) -> Tensor:
         return hidden.new_tensor(PROBE, dtype=torch.float32).expand(*hidden.shape[:-1], len(PROBE))
 
-    with Swaps() as swaps, torch.no_grad():
+    with Swaps() as swaps:
         swaps.forward(head, numbers)
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
         try:
-            found = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False).logits
+            found = run_once(model).logits
         except Exception:  # a model that needs more than token ids, or a vocabulary of its size
             return None
-        finally:
-            for module, mode in modes:
-                module.training = mode
     if found is None or found.shape[-1] != len(PROBE):
         return None
     came, sent = found[0, -1].double().cpu(), torch.tensor(PROBE, dtype=torch.float64)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 
@@ -54,3 +55,15 @@ class Swaps(AbstractContextManager["Swaps"]):
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+@torch.no_grad()
+def run_once(model: Any) -> Any:
+    """Two tokens through a causal language model of transformers in eval mode → what it gives back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from typing import Any
 
 from lora_sft.console import say
 from lora_sft.errors import ModelError
@@ -50,12 +51,23 @@ def choose_dtype(bf16: bool | None, fp16: bool | None, device: str) -> tuple[str
             raise ModelError("fp16 is asked for, but training in float16 needs a GPU; use bf16, or leave both unset")
         return "float16", "asked for"
     if device == "cpu":
-        return "float32", "on the CPU"
+        faster = (
+            "; bf16: true is several times as fast on this one" if bf16 is None and _has_bf16_instructions() else ""
+        )
+        return "float32", f"on the CPU{faster}"
     if bf16 is False or fp16 is False:
         return "float32", "16-bit arithmetic is switched off"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "this GPU supports it"
     return "float16", "this GPU has no bfloat16"
+
+
+def _has_bf16_instructions() -> bool:
+    """Whether this processor multiplies matrices in bfloat16 by itself; torch before 2.10 cannot tell."""
+    import torch
+
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def peak_bytes(device: str) -> int:

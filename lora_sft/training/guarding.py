@@ -13,6 +13,7 @@ from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.console import say, warn
 from lora_sft.errors import RunError
+from lora_sft.kernels.swap import Swaps
 from lora_sft.training.batching import Batching, Lengths, plan_batches
 from lora_sft.training.loss import forward_loss
 from lora_sft.training.modules import Look, first_bad, look_behind_modules
@@ -39,9 +40,13 @@ class Guarding(Base):
     _lengths: Lengths
     _batching: Batching
 
-    def guard(self, config: RunConfig) -> None:
-        """Called once, when the trainer is made and has its other callbacks: ours look at what those decide."""
-        self._config, self._stop = config, Stop()
+    def guard(self, config: RunConfig, swaps: Swaps) -> None:
+        """Called once, when the trainer is made and has its other callbacks: ours look at what those decide.
+
+        Args:
+            swaps: undone before a failure is looked at, module by module, as a replay of it does later.
+        """
+        self._config, self._stop, self._swaps = config, Stop(), swaps
         self.watch = Watch(
             self.model,
             self.model.config.get_text_config().vocab_size,
@@ -124,6 +129,7 @@ class Guarding(Base):
         Raises:
             RunError: always.
         """
+        self._swaps.undo()
         batch, loss, looks = self._find(fault, batches or [self._first_batch()])
         failure = self._describe(fault, batch, loss, looks)
         output = Path(str(self.args.output_dir))

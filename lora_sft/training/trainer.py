@@ -364,7 +364,8 @@ def build_trainer(
         new_schedule=bool(config.resume_with_changed),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.guard(config)
+    swaps = Swaps() if swaps is None else swaps
+    trainer.guard(config, swaps)
 
     def run_largest() -> Tensor:
         rows = largest_batch(trainer._lengths, batching)
@@ -372,7 +373,6 @@ def build_trainer(
         with _arithmetic(model, arguments):
             return trainer.loss_of(collate([examples[index] for index in rows]), None)
 
-    swaps = Swaps() if swaps is None else swaps
     recompute(model, config.gradient_checkpointing, run_largest, swaps, lambda here: gather_object([here]))
     return trainer
 

@@ -56,7 +56,7 @@ def test_train_prints_json_on_standard_output_and_words_on_standard_error(base, 
     assert code == 0
     assert {"output_dir", "steps", "train_loss", "supervised_tokens", "tokens", "seconds", "peak_bytes"} <= set(result)
     assert result["steps"] == 3
-    assert "precision: float32 (on the CPU)" in err
+    assert "precision: float32 (on the CPU" in err
     assert "«I am Pip" in err
     assert "step 3/3  loss " in err
     assert "left" in err

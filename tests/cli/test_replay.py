@@ -65,7 +65,7 @@ def test_the_first_bad_module_is_that_of_plain_peft(base, tmp_path, capsys):
             )
     batch = load_file(tmp_path / "run/failure/batch.safetensors")
     with torch.no_grad():
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
     found = json.loads(run(capsys, "replay", tmp_path / "run", "--json")[1])
     assert found["first"]["module"] == bad[0]
 

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_sft.kernels.projection import lora_projection, swap_projections
+from lora_sft.kernels import projection
+from lora_sft.kernels.projection import Layer, lora_projections, swap_projections
 from lora_sft.kernels.swap import Swaps
 from lora_sft.model.base import keep_weights_unpacked
 from lora_sft.model.tiny import save_tiny, tiny_model
@@ -68,7 +69,8 @@ def test_the_gradients_are_those_of_autograd(shape, with_bias):
         leaves = [one.clone().requires_grad_() for one in (inputs, a, b)]
         x, down, up = leaves
         if ours:
-            outputs = lora_projection(x, lambda: weight, bias if with_bias else None, down, up, 3.0)
+            layer = Layer(lambda: weight, bias if with_bias else None, down, up, 3.0)
+            (outputs,) = lora_projections(x, [layer])
         else:
             outputs = x @ weight.t() + (bias if with_bias else 0) + 3.0 * (x @ down.t()) @ up.t()
         outputs.square().sum().backward()
@@ -81,10 +83,68 @@ def test_an_input_that_needs_no_gradient_gets_none_and_the_weight_is_asked_for_o
     asked = []
     weight = torch.randn(6, 5)
     a, b = torch.randn(2, 5, requires_grad=True), torch.randn(6, 2, requires_grad=True)
-    lora_projection(torch.randn(3, 5), lambda: asked.append(1) or weight, None, a, b, 1.0).sum().backward()
+    (outputs,) = lora_projections(torch.randn(3, 5), [Layer(lambda: asked.append(1) or weight, None, a, b, 1.0)])
+    outputs.sum().backward()
     assert len(asked) == 1
     assert a.grad is not None
     assert b.grad is not None
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,)], ids=str)
+def test_layers_together_are_each_alone(used):
+    """Of other ranks, scalings and sizes; some of the outputs may not be used."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 7, 24, generator=generator, dtype=torch.float64)
+    sizes = [(40, 4), (12, 2), (12, 5)]
+    matrices = [
+        [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((out, 24), (rank, 24), (out, rank))]
+        for out, rank in sizes
+    ]
+    found = []
+    for together in (True, False):
+        x = inputs.clone().requires_grad_()
+        leaves = [[a.clone().requires_grad_(), b.clone().requires_grad_()] for _, a, b in matrices]
+        layers = [
+            Layer(lambda weight=weight: weight, None, a, b, 1.0 + number)
+            for number, ((weight, _, _), (a, b)) in enumerate(zip(matrices, leaves, strict=True))
+        ]
+        outputs = lora_projections(x, layers) if together else [lora_projections(x, [one])[0] for one in layers]
+        sum(outputs[number].square().sum() for number in used).backward()
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for pair in leaves for one in pair]
+        found.append([*(one.detach() for one in outputs), x.grad, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_are_given_one_tensor_are_computed_together(monkeypatch):
+    sizes, real = [], lora_projections
+    monkeypatch.setattr(projection, "lora_projections", lambda x, layers: sizes.append(len(layers)) or real(x, layers))
+    model = adapted()
+    with Swaps() as swaps:
+        swap_projections(model, swaps)
+        step(model)
+    assert sizes == [3, 1, 2, 1] * 2  # q, k, v; o; gate, up; down
+
+
+def test_experts_get_tensors_of_their_own(monkeypatch):
+    """Layers that are called with several tensors, or not at all, are each computed alone."""
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, first, second):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, inputs):
+            return self.first(inputs) + self.second(inputs * 2) + self.first(inputs * 3)
+
+    model = adapted()
+    layer = model.base_model.model.model.layers[0]
+    layer.mlp = Parallel(layer.mlp.gate_proj, layer.mlp.up_proj)
+    monkeypatch.setattr(layer, "forward", lambda hidden_states, **_: layer.mlp(hidden_states)[..., :64])
+    part, logits, gradients = held_against_itself(model)
+    assert part.engaged == 13  # one was left out of the model
+    assert logits < 1e-6
+    assert gradients < 1e-5
 
 
 SETTINGS = {

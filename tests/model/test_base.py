@@ -21,7 +21,7 @@ def test_nf4_with_double_quantization_is_the_default_and_said(base, capsys):
     spec = choose(base)
     assert (spec.quantization, spec.double_quant, spec.dtype, spec.device) == ("nf4", True, "float32", "cpu")
     said = capsys.readouterr().err
-    assert "precision: float32 (on the CPU)" in said
+    assert "precision: float32 (on the CPU" in said
     assert "base: 4-bit nf4 with double quantization (the default" in said
 
 

@@ -74,16 +74,16 @@ def test_the_model_is_left_as_it_was(capfd):
 
 def a_projection_that_forgets(what):
     """Planted mistakes: each is one line that is easily written."""
-    real = projection.lora_projection
+    real = projection.lora_projections
 
-    def wrong(inputs, weight, bias, a, b, scaling):
+    def wrong(inputs, layers):
         if what == "the scaling":
-            return real(inputs, weight, bias, a, b, 1.0)
+            return real(inputs, [layer._replace(scaling=1.0) for layer in layers])
         if what == "a tenth of the scaling":
-            return real(inputs, weight, bias, a, b, 0.9 * scaling)
+            return real(inputs, [layer._replace(scaling=0.9 * layer.scaling) for layer in layers])
         if what == "the gradient at A":
-            return real(inputs, weight, bias, a.detach(), b, scaling)
-        return real(inputs.detach(), weight, bias, a, b, scaling)
+            return real(inputs, [layer._replace(a=layer.a.detach()) for layer in layers])
+        return real(inputs.detach(), layers)
 
     return wrong
 
@@ -93,7 +93,7 @@ def a_projection_that_forgets(what):
     "mistake", ["the scaling", "a tenth of the scaling", "the gradient at A", "the gradient at its input"]
 )
 def test_a_wrong_part_is_found_and_all_are_taken_out(mistake, autocast, monkeypatch, capfd):
-    monkeypatch.setattr(projection, "lora_projection", a_projection_that_forgets(mistake))
+    monkeypatch.setattr(projection, "lora_projections", a_projection_that_forgets(mistake))
     model = adapted()
     with Swaps() as swaps:
         batching = quicken(model, EXAMPLES, 0, lambda: settle(BATCHING, model), swaps, autocast)

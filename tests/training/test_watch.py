@@ -313,7 +313,7 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run_within_three_steps(
 def test_good_checkpoints_stay_when_the_loss_explodes_later(knowing_base, tmp_path, monkeypatch, learning_rate):
     trainers = []
     guard = Guarding.guard
-    monkeypatch.setattr(Guarding, "guard", lambda self, config: (trainers.append(self), guard(self, config))[1])
+    monkeypatch.setattr(Guarding, "guard", lambda self, *given: (trainers.append(self), guard(self, *given))[1])
 
     class Sabotage:
         """Raises the learning rate after the second step."""
@@ -383,7 +383,7 @@ def learn(base, folder, **settings):
 def test_watching_changes_not_a_bit(base, tmp_path, monkeypatch):
     settings = RUN | {"lora_dropout": 0.1, "neftune_noise_alpha": 5.0}
     watched = finetune(base, HARBOUR, output_dir=tmp_path / "watched", **settings)
-    monkeypatch.setattr(Guarding, "guard", lambda self, config: setattr(self, "_stop", _Nothing()))
+    monkeypatch.setattr(Guarding, "guard", lambda self, *given: setattr(self, "_stop", _Nothing()))
     alone = finetune(base, HARBOUR, output_dir=tmp_path / "alone", **settings)
     assert (watched.output_dir / "adapter_model.safetensors").read_bytes() == (
         alone.output_dir / "adapter_model.safetensors"
