@@ -1,6 +1,7 @@
 """`python -m bench`: every bench, one after the other."""
 
-from bench import checkpoints, first_step, kernels, labels, merge, preparation, start_up, training
+from bench import checkpoints, first_step, kernels, labels, merge, preparation, start_up
+from bench.training import __main__ as training
 
 start_up.main()
 labels.main()

@@ -12,14 +12,16 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from bench import training, training_curves, training_plots, training_rows
-from bench.training_floor import work_of_step
-from bench.training_meter import Meter
-from bench.training_models import write_adapter
-from bench.training_race import Step, Taken, race
-from bench.training_rows import join, render, sample_conversations, texts_of
-from bench.training_side import Side
-from bench.training_summary import apart, disagreeing, spread, summarize, table
+from bench.training import __main__ as training
+from bench.training import plots
+from bench.training.curves import distances
+from bench.training.floor import work_of_step
+from bench.training.meter import Meter
+from bench.training.models import write_adapter
+from bench.training.race import Step, Taken, race
+from bench.training.rows import join, render, sample_conversations, texts_of
+from bench.training.side import Side
+from bench.training.summary import apart, disagreeing, spread, summarize, table
 from lora_sft.model.tiny import save_tiny
 from tests.conftest import conversation
 
@@ -145,7 +147,7 @@ def test_long_documents_are_the_rows_end_to_end():
 
 
 def test_conversations_are_sampled_where_the_files_are_not_there(base, monkeypatch):
-    monkeypatch.setattr(training_rows, "SAMPLED", 60)
+    monkeypatch.setattr("bench.training.rows.SAMPLED", 60)
     rows = render("alpaca", base, NOWHERE)
     assert len(rows) == 60
     assert len({len(ids) for ids, _ in rows}) > 30
@@ -179,7 +181,7 @@ def test_curves_are_compared_with_how_far_the_seeds_are_apart():
         "TRL, float32 adapter": [[3.0, 2.1], [3.0, 2.5], [3.0, 2.3]],
         "ours": [[3.0, 2.1], [3.0, 2.5], [3.0, 2.3]],
     }
-    assert training_curves.distances(curves) == pytest.approx(
+    assert distances(curves) == pytest.approx(
         {
             "between TRL's seeds": (0.4 + 0.2 + 0.2) / 3 / 2,
             "TRL to TRL, float32 adapter": 0.05,
@@ -192,11 +194,11 @@ def test_curves_are_compared_with_how_far_the_seeds_are_apart():
 def test_every_kind_of_measurement_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     line = {"side": "ours", "ratio": {"low": 1, "middle": 2, "high": 3}, "memory": 0.5}
-    training_plots.plot_races([{"case": "A, alpaca", "lines": [line | {"side": "TRL"}, line]}], tmp_path / "races.svg")
+    plots.plot_races([{"case": "A, alpaca", "lines": [line | {"side": "TRL"}, line]}], tmp_path / "races.svg")
     points = [{"value": rank, "TRL": numbers, "ours": numbers} for rank, numbers in enumerate(NUMBERS, 4)]
-    training_plots.plot_scaling({"rank": points}, tmp_path / "scaling.png")
+    plots.plot_scaling({"rank": points}, tmp_path / "scaling.png")
     curve = {"TRL": [[3, 2], [3, 2.1]], "ours": [[3, 2.2], [3, 2.3]]}
-    training_plots.plot_curves(curve, tmp_path / "curves.png")
+    plots.plot_curves(curve, tmp_path / "curves.png")
     assert "<!-- A, alpaca -->" in (tmp_path / "races.svg").read_text()  # matplotlib names the text that it draws
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("scaling", "curves"))
 

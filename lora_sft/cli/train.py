@@ -17,10 +17,10 @@ def command(words: tuple[str, ...], as_json: bool) -> None:
     can be given by its name.
     """
     file, settings = read_words(words)
-    from lora_sft import finetune
+    import lora_sft  # as users do: it is loaded without stops for garbage
 
     try:
-        run = finetune(config=file, **settings)
+        run = lora_sft.finetune(config=file, **settings)
     except KeyboardInterrupt:
         raise RunError(
             "interrupted; from the last checkpoint, if one was written, the same command goes on with "

@@ -2,36 +2,36 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from lora_sft.chat import IGNORED
 from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.errors import RunError, SettingError
 from lora_sft.kernels.swap import Swaps
 from lora_sft.model.adapter import train_in
 from lora_sft.model.tokenizer import Speech
-from lora_sft.preparation.store import Examples
-from lora_sft.training.batching import Batching, Lengths, lay_in_rows, plan_batches
-from lora_sft.training.evaluation import pad, sum_up
+from lora_sft.training.batching import Batching, Lengths
+from lora_sft.training.evaluation import sum_up
 from lora_sft.training.guarding import TOKENS, Guarding
 from lora_sft.training.isolation import settle
-from lora_sft.training.loss import Loss, Supervised, forward_loss
+from lora_sft.training.loader import Collator, MicroBatches, MicroBatchLoader, Rows
+from lora_sft.training.loss import forward_loss
 from lora_sft.training.progress import Listener, Reporter
 from lora_sft.training.recompute import largest_batch, recompute
 from lora_sft.training.resuming import Resuming
+from lora_sft.training.tally import Seen, Tally
 
 # transformers 5.23 renamed the argument and warns at the old name; remove the choice when transformers >= 6.
 _CHECKPOINTING = (
@@ -39,115 +39,6 @@ _CHECKPOINTING = (
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__
     else "gradient_checkpointing"
 )
-
-
-class Tally:
-    """Sums over micro-batches, kept on the device so that counting never waits for it."""
-
-    def __init__(self) -> None:
-        self.nll: Tensor | float = 0.0
-        self.correct: Tensor | int = 0
-        self.entropy: Tensor | float = 0.0
-        self.supervised: Tensor | int = 0
-        self.tokens: Tensor | int = 0
-
-    def add(self, loss: Loss, tokens: Tensor) -> None:
-        """Adds one micro-batch; `tokens` is its count of all tokens but padding."""
-        self.nll = self.nll + loss.nll
-        self.correct = self.correct + loss.correct
-        self.entropy = self.entropy + (math.nan if loss.entropy is None else loss.entropy)
-        self.supervised = self.supervised + loss.tokens
-        self.tokens = self.tokens + tokens
-
-
-class Seen(NamedTuple):
-    """What was trained on: summed negative log-likelihood in nats, right tokens, supervised tokens, all tokens.
-
-    Last the summed entropy of what was predicted, in nats; NaN where the loss does not give it.
-    """
-
-    nll: float = 0.0
-    correct: int = 0
-    supervised: int = 0
-    tokens: int = 0
-    entropy: float = 0.0
-
-    def plus(self, other: "Seen") -> "Seen":
-        """Both together."""
-        return Seen(
-            self.nll + other.nll,
-            self.correct + other.correct,
-            self.supervised + other.supervised,
-            self.tokens + other.tokens,
-            self.entropy + other.entropy,
-        )
-
-    @property
-    def loss(self) -> float:
-        """Mean over the supervised tokens, in nats."""
-        return self.nll / max(self.supervised, 1)
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Examples of one micro-batch → its tensors, and under `TOKENS` their tokens. None at all → nothing is learned."""
-
-    batching: Batching
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """The tensors of `lay_in_rows` or `pad`, and of `Supervised`."""
-        tokens = sum(len(example.input_ids) for example in examples)
-        rows = examples or [Example([self.pad_token_id] * 2, [IGNORED] * 2)]
-        if self.batching.packing or self.batching.one_row:
-            batch: Mapping[str, Any] = lay_in_rows(rows, self.batching, self.pad_token_id)
-        else:
-            batch = pad(rows, self.pad_token_id)
-        # Found here, on the CPU: on the device the step would have to wait for it.
-        supervised = Supervised.of(batch["labels"])
-        return {**batch, **supervised._asdict(), TOKENS: torch.tensor(tokens)}
-
-
-class Rows(Sequence[Example]):
-    """Examples; those of a file with arrays in place of lists, which is ten times as fast."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(self.examples, Examples):
-            return Example(*self.examples.arrays(index))  # type: ignore[arg-type]
-        return self.examples[index]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-
-class MicroBatches(Sampler[list[int]]):
-    """The micro-batches of one process, in the order that (seed, epoch) says. It remembers nothing else."""
-
-    def __init__(self, lengths: Lengths, batching: Batching, rank: int) -> None:
-        self.lengths, self.batching, self.rank = lengths, batching, rank
-        self._epoch, self._plan = 0, plan_batches(lengths, batching)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before every epoch, also before one that is resumed."""
-        if epoch != self._epoch:
-            self._epoch, self._plan = epoch, plan_batches(self.lengths, self.batching, epoch)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._plan.batches[self.rank :: self.batching.ranks])
-
-    def __len__(self) -> int:
-        return self._plan.batches_of_a_process
-
-
-class MicroBatchLoader(DataLoader[Any]):
-    """A DataLoader that tells its batch sampler the epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by transformers; where it has wrapped the sampler to skip batches, it calls that one instead."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 class Trainer(Guarding, Resuming, SFTTrainer):

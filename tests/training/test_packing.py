@@ -21,8 +21,9 @@ from lora_sft.model.tiny import tiny_model
 from lora_sft.training.batching import Batching, lay_end_to_end, lay_in_rows, plan_batches
 from lora_sft.training.evaluation import pad
 from lora_sft.training.job import make_job
+from lora_sft.training.loader import Collator, MicroBatches
 from lora_sft.training.loss import forward_loss, inputs_of
-from lora_sft.training.trainer import Collator, MicroBatches, build_trainer, choose_batching, training_arguments
+from lora_sft.training.trainer import build_trainer, choose_batching, training_arguments
 from tests.conftest import FEW, logged, sums
 
 

@@ -3,7 +3,6 @@
 Both are made once, in a process of their own, and kept in a temporary folder for the next bench.
 """
 
-import getpass
 import json
 import os
 import subprocess
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CACHE = Path(tempfile.gettempdir()) / f"lora_sft-bench-{getpass.getuser()}"
+from bench.training import CACHE
+
 LEARNED_TOKENS = 8000
 """Vocabulary of the tokenizer, learned from the data; the model's own is larger, as its head is."""
 
@@ -90,7 +90,7 @@ def make_adapter(model: Path, seed: int = 0, rank: int = 16) -> Path:
 def _in_a_process(*words: Any) -> None:
     """One of the makers below; the caller stays free of torch."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench.training_models", *map(str, words)]
+    command = [sys.executable, "-W", "ignore", "-m", "bench.training.models", *map(str, words)]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the bench could not make its {words[0]}:\n{done.stderr[-2000:]}")
@@ -142,7 +142,7 @@ def write_adapter(model: Path, seed: int, rank: int, folder: Path) -> None:
 
 def main(what: str, *words: str) -> None:
     """`model NAME SIZES DATA_DIR FOLDER` or `adapter MODEL SEED RANK FOLDER`; a folder counts once it is whole."""
-    from bench.training_rows import texts_of
+    from bench.training.rows import texts_of
 
     folder = Path(words[-1])
     folder.parent.mkdir(parents=True, exist_ok=True)

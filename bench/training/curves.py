@@ -11,10 +11,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from bench.training_cases import shared_by_all
-from bench.training_models import make_adapter
-from bench.training_race import race
-from bench.training_side import Side
+from bench.training.cases import shared_by_all
+from bench.training.models import make_adapter
+from bench.training.race import race
+from bench.training.side import Side
 
 SEEDS = (0, 1, 2)
 STEPS = 100
@@ -68,7 +68,7 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     for words in wrong:
         print(words)
     if options.plot:
-        from bench.training_plots import plot_curves
+        from bench.training.plots import plot_curves
 
         plot_curves(curves, options.plot)
     return {"distances": found, "losses": curves, "disagreeing": wrong}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import NamedTuple
 
-from bench.training_race import Step, Taken
+from bench.training.race import Step, Taken
 
 AGREEMENT = 1e-3
 """How far two losses may be apart, as a share of the first."""

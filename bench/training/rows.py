@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.training_models import CACHE
+from bench.training import CACHE
 
 Row = tuple[list[int], list[int]]
 
@@ -59,7 +59,7 @@ def make_rows(data: str, model: Path, data_dir: Path) -> Workload:
             "-W",
             "ignore",
             "-m",
-            "bench.training_rows",
+            "bench.training.rows",
             data,
             str(model),
             str(data_dir),

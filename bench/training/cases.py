@@ -4,11 +4,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from bench.training_models import SHAPES, make_adapter, make_model
-from bench.training_race import race
-from bench.training_rows import LONG, LONGEST, Workload, make_rows
-from bench.training_side import Side
-from bench.training_summary import summarize
+from bench.training.models import SHAPES, make_adapter, make_model
+from bench.training.race import race
+from bench.training.rows import LONG, LONGEST, Workload, make_rows
+from bench.training.side import Side
+from bench.training.summary import summarize
 
 MICRO_BATCH = 8
 

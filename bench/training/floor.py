@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.training_cases import shared_by_all, sides_of_same_batches
-from bench.training_models import SHAPES
-from bench.training_race import ONE_THREAD, Taken, race
-from bench.training_summary import disagreeing, summarize, table
+from bench.training.cases import shared_by_all, sides_of_same_batches
+from bench.training.models import SHAPES
+from bench.training.race import ONE_THREAD, Taken, race
+from bench.training.summary import disagreeing, summarize, table
 
 STEPS = 4
 NF4_BYTES = 4.127 / 8
@@ -84,7 +84,7 @@ def work_of_step(
     """The least work of one step.
 
     Args:
-        sizes: fields of the model's configuration, as in `training_models`.
+        sizes: fields of the model's configuration, as in `models`.
         lengths: tokens of each conversation in the step.
         supervised: tokens that are learned.
         rank: of the adapter, on all linear layers.

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.training_models import CACHE, LEARNED_TOKENS, SHAPES, make_adapter, make_model
-from bench.training_race import Taken, race
-from bench.training_side import Side
+from bench.training import CACHE
+from bench.training.models import LEARNED_TOKENS, SHAPES, make_adapter, make_model
+from bench.training.race import Taken, race
+from bench.training.side import Side
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 BATCHES = (1, 4, 16)
@@ -81,7 +82,7 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, list[Point]]:
         for one in points:
             print(f"{against} {one['value']}: " + ", ".join(_in_words(side, one[side]) for side in ("TRL", "ours")))
     if options.plot:
-        from bench.training_plots import plot_scaling
+        from bench.training.plots import plot_scaling
 
         plot_scaling(found, options.plot)
     return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from bench.training_side import Side
+from bench.training.side import Side
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -72,7 +72,7 @@ class Runner:
         self.errors = file.with_suffix(".err")
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "bench.training_worker", str(file), str(file.with_suffix(""))],
+                [sys.executable, "-W", "ignore", "-m", "bench.training.worker", str(file), str(file.with_suffix(""))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

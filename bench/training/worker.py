@@ -1,6 +1,6 @@
 """One side of a race, in a process of its own: a training that stops before every step until it is told to go on.
 
-`python -m bench.training_worker SIDE.json FOLDER` says `{"ready": …}` on standard output when the first step could
+`python -m bench.training.worker SIDE.json FOLDER` says `{"ready": …}` on standard output when the first step could
 begin, then does one step for every line that it reads, and says what the step took. What the libraries print goes to
 standard error. Every side gets rows that are tokens and labels already, and the same adapter to begin with.
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.training_meter import Meter
-from bench.training_side import Side
+from bench.training.meter import Meter
+from bench.training.side import Side
 
 LEARNING_RATE = 2e-4
 

@@ -20,13 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import training_curves, training_floor, training_scaling
-from bench.training_cases import choose_dtype, shared_by_all, sides_of_any_batches, sides_of_same_batches
-from bench.training_models import SHAPES
-from bench.training_plots import plot_races, refuse_without_plots
-from bench.training_race import Taken, race
-from bench.training_rows import FILES
-from bench.training_summary import as_json, disagreeing, summarize, table
+from bench.training import curves, floor, scaling
+from bench.training.cases import choose_dtype, shared_by_all, sides_of_any_batches, sides_of_same_batches
+from bench.training.models import SHAPES
+from bench.training.plots import plot_races, refuse_without_plots
+from bench.training.race import Taken, race
+from bench.training.rows import FILES
+from bench.training.summary import as_json, disagreeing, summarize, table
 
 DATA_DIR = Path(__file__).parents[2] / "shared" / "data"
 CASES = (("A", "alpaca"), ("A", "tools"), ("B", "alpaca"), ("C", "alpaca"))
@@ -129,7 +129,7 @@ def main(words: Sequence[str] = ()) -> None:
     dtype = choose_dtype(options.dtype, options.data_dir)
     found: dict[str, Any] = {"machine": machine(), "dtype": dtype}
     print(json.dumps(found["machine"]))
-    for name, part in (("scaling", training_scaling), ("floor", training_floor), ("curves", training_curves)):
+    for name, part in (("scaling", scaling), ("floor", floor), ("curves", curves)):
         if getattr(options, name):
             refuse_model(options.model, name)
             found[name] = part.measure(dtype, options)
