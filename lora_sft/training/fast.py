@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from lora_sft.chat import IGNORED
@@ -95,15 +96,18 @@ def quicken(
     with _left_for_proof(model):
         batch = lay_in_rows(rows, batching, pad_token_id) if batching.one_row else pad(rows, pad_token_id)
         distance = compare(plain, _measure(model, batch, autocast))
-    dtype = autocast or model.dtype
-    if distance.is_rounding(dtype):
+    # All processes or none: they must compute alike.
+    if all(gather_object([distance.is_rounding(autocast or model.dtype)])):
         engaged = ", ".join(str(part) for part in parts if part.engaged)
         say("fast", f"{engaged}; the plain model's step differs by {distance}")
         if left := "; ".join(f"{part.name}: {part.left}" for part in parts if part.left):
             say("fast", f"left as they are: {left}")
         return batching
     swaps.undo()
-    warn(f"the fast parts are off: a step with them differs from the plain model's by {distance}, more than rounding")
+    warn(
+        f"the fast parts are off: a step with them differs from the plain model's by {distance}, more than rounding "
+        "(or did in another process)"
+    )
     return settle()
 
 
