@@ -30,7 +30,7 @@ class Outcome:
     Attributes:
         value: what the work returned, of text, number and list; else None.
         error: the class of what it raised, and its words.
-        seconds: wall clock.
+        seconds: of processor time, which other programs on the machine do not lengthen.
         grown_bytes: by which the process was larger at its largest than when the work began.
         ran: what it started outside this process, as Python's own audit tells.
     """
@@ -70,12 +70,12 @@ def _watched(work: Callable[[], Any]) -> Outcome:
     if held:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    clock = time.perf_counter()
+    clock = time.process_time()
     try:
         value = work()
         outcome.value = value if isinstance(value, (str, int, list)) else None
     except BaseException as error:
         outcome.error = (type(error).__name__, str(error))
-    outcome.seconds = time.perf_counter() - clock
+    outcome.seconds = time.process_time() - clock
     outcome.grown_bytes = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held)
     return outcome

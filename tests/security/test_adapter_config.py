@@ -207,11 +207,11 @@ YAML = {
 def test_hostile_yaml_is_refused_with_the_reason(text, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    clock = time.perf_counter()
+    clock = time.process_time()
     with pytest.raises(SettingError) as refused:
         resolve(read_file(file))
     assert YAML[text] in str(refused.value)
-    assert time.perf_counter() - clock < 5
+    assert time.process_time() - clock < 5
     assert not (tmp_path / "ran").exists()
 
 
