@@ -1,7 +1,7 @@
 """A model's gated MLPs (SwiGLU, GeGLU) → the same, with act(gate) ∘ up in one function that holds gate and up only."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from lora_sft.kernels.blocks import rows_at_a_time
+from lora_sft.kernels.blocks import blocks_of, rows_at_a_time
 from lora_sft.kernels.proof import gap, likeness, noise
 from lora_sft.kernels.swap import Part, Swaps
 
@@ -102,7 +102,7 @@ class _GatedProduct(torch.autograd.Function):
         buffer = torch.empty_like(rows[: rows_at_a_time(rows.shape[-1], rows.device)])
         gate, up = _halves(parts)
         given = gate if activated is None else activated
-        for g, gate_rows, up_rows, given_rows, at_gate, at_up in _blocks(rows, gate, up, given, *_halves(gradients)):
+        for g, gate_rows, up_rows, given_rows, at_gate, at_up in blocks_of(rows, gate, up, given, *_halves(gradients)):
             if activated is None:
                 given_rows = activation.write(gate_rows, out=at_up)
             torch.mul(given_rows, g, out=at_up)
@@ -117,7 +117,7 @@ def _product(activation: Activation, *parts: Tensor, shared: Shared | None = Non
     found = torch.empty(*parts[0].shape[:-1], gate.shape[-1], dtype=gate.dtype, device=gate.device)
     rows = found.view(-1, gate.shape[-1])
     activated = rows if shared is None else torch.empty_like(rows)
-    for p, a, gate_rows, up_rows in _blocks(rows, activated, gate, up):
+    for p, a, gate_rows, up_rows in blocks_of(rows, activated, gate, up):
         activation.write(gate_rows, out=a)
         torch.mul(a, up_rows, out=p)
     if shared is not None:
@@ -129,12 +129,6 @@ def _halves(parts: Any) -> list[Tensor]:
     """Gate and up as rows (rows, width); views of the parts where these are contiguous."""
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]
     return rows if len(rows) == 2 else list(rows[0].chunk(2, -1))
-
-
-def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of rows that stay in the cache."""
-    step = rows_at_a_time(rows[0].shape[-1], rows[0].device)
-    return zip(*(torch.split(tensor, step) for tensor in rows), strict=True)
 
 
 class _Again(NamedTuple):

@@ -1,14 +1,14 @@
 """A model's RMSNorm layers → the same, made of one function whose gradients are derived by hand."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_sft.kernels.blocks import rows_at_a_time
+from lora_sft.kernels.blocks import blocks_of, rows_at_a_time
 from lora_sft.kernels.proof import gap, likeness, noise
 from lora_sft.kernels.swap import Part, Swaps
 
@@ -95,13 +95,6 @@ def _is_in(found: Tensor, inputs: Tensor, scale: Tensor, kind: Kind) -> bool:
     return (kind.rounded or inputs.dtype == torch.float32) and float(scale.abs().min()) >= SMALLEST_SCALE
 
 
-def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of all tensors, in blocks that stay in the cache."""
-    step = rows_at_a_time(first.shape[-1], first.device)
-    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (first, *others)]
-    return zip(*(torch.split(tensor, step) for tensor in rows), strict=True)
-
-
 def _buffers(like: Tensor, count: int) -> Tensor:
     """So many blocks in float32: (count, rows of a block, width)."""
     width = like.shape[-1]
@@ -113,7 +106,7 @@ def _forward(inputs: Tensor, found: Tensor, scale: Tensor, eps: float, rounded: 
     """Writes the outputs → ρ (rows, 1)."""
     reciprocal = torch.empty(inputs.numel() // inputs.shape[-1], 1, device=inputs.device)
     buffers = _buffers(inputs, 2)
-    for x, y, rho in _blocks(inputs, found, reciprocal):
+    for x, y, rho in blocks_of(inputs, found, reciprocal):
         wide, square = buffers[:, : len(x)]
         source = x if x.dtype == torch.float32 else wide.copy_(x)
         # Not vector_norm, which is faster and, for rows of 8192, twice as far from float64 as this.
@@ -137,7 +130,7 @@ def _backward(
 ) -> None:
     """Writes the gradient at the inputs and adds to that at the scale; `held` is y with a divisor, x without."""
     buffers = _buffers(held, 3)
-    for g, kept, rho, at_x in _blocks(at_outputs, held, reciprocal, at_inputs):
+    for g, kept, rho, at_x in blocks_of(at_outputs, held, reciprocal, at_inputs):
         h, unit, product = buffers[:, : len(g)]
         h.copy_(g)
         unit.copy_(kept).mul_(rho if divisor is None else divisor)

@@ -1,7 +1,7 @@
 """A module → the same module with another `forward`, on this one instance, until it is put back."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,13 +57,21 @@ class Swaps(AbstractContextManager["Swaps"]):
         self.undo()
 
 
-@torch.no_grad()
-def run_once(model: Any) -> Any:
-    """Two tokens through a causal language model of transformers in eval mode → what it gives back."""
+@contextmanager
+def left_as_it_was(model: Any) -> Iterator[None]:
+    """Without gradients; afterwards every module is in its mode again, and the random generators where they were."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        return model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def run_once(model: Any) -> Any:
+    """Two tokens through a causal language model of transformers in eval mode → what it gives back."""
+    with left_as_it_was(model):
+        model.eval()
+        return model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)

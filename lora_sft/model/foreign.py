@@ -53,12 +53,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no adapter here (no {CONFIG})")
     if file.stat().st_size > SETTINGS_BYTES:
         raise ModelError(f"{file}: has {file.stat().st_size:,} bytes; the settings of an adapter have some thousand")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: is no JSON that can be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{file}: holds no settings but {type(settings).__name__}")
+    settings = read_object(file, "settings")
     if not (folder / WEIGHTS).is_file():
         raise ModelError(
             f"{folder}: has no {WEIGHTS}; other weight files are not read, since loading them can run code"
@@ -66,6 +61,21 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if problems := [*_odd_numbers(settings, _largest_size(folder / WEIGHTS)), *_odd_names(settings)]:
         raise ModelError.of([f"{file}: {problem}" for problem in problems])
     return settings
+
+
+def read_object(file: Path, called: str) -> dict[str, Any]:
+    """A JSON file that holds an object, called so in the error.
+
+    Raises:
+        ModelError: it is no JSON, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: is no JSON that can be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: holds no {called} but {type(found).__name__}")
+    return found
 
 
 def _odd_numbers(settings: Mapping[str, Any], largest: int) -> Iterable[str]:

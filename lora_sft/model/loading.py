@@ -1,6 +1,5 @@
 """A folder or hub name → model and tokenizer, ready to talk: an adapter on its base, or a whole model."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from lora_sft.model.device import choose_device, choose_dtype
 from lora_sft.model.foreign import (
     base_record,
     read_adapter_config,
+    read_object,
     refuse_odd_weights,
     refuse_slow_patterns,
     wrong_parts,
@@ -232,12 +232,4 @@ def _recorded_spec(recorded: Any, folder: Path) -> BaseSpec:
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The record of the run that made an adapter; empty for one that was trained elsewhere."""
     file = folder / MANIFEST
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: is no JSON that can be read: {error}") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{file}: holds no record but {type(found).__name__}")
-    return found
+    return read_object(file, "record") if file.is_file() else {}

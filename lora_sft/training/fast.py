@@ -22,10 +22,9 @@ from lora_sft.kernels.gated import swap_gated
 from lora_sft.kernels.head import swap_head
 from lora_sft.kernels.norm import swap_norms
 from lora_sft.kernels.projection import swap_projections
-from lora_sft.kernels.swap import Part, Swaps
+from lora_sft.kernels.swap import Part, Swaps, left_as_it_was
 from lora_sft.training.batching import Batching, lay_in_rows
 from lora_sft.training.evaluation import pad
-from lora_sft.training.isolation import left_as_it_was
 from lora_sft.training.loss import forward_loss
 
 PARTS: tuple[Callable[[Any, Swaps], Part], ...] = (

@@ -5,8 +5,7 @@ border unless the model's code stops it, and says nothing. So it is tried: when 
 the others must stay as they are, and each must have the logits that it has alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from lora_sft.chat.labels import Example
 from lora_sft.console import warn
 from lora_sft.kernels.attention import documents, takes_documents
+from lora_sft.kernels.swap import left_as_it_was
 from lora_sft.training.batching import Batching, lay_end_to_end, lay_in_rows
 from lora_sft.training.evaluation import pad
 from lora_sft.training.loss import inputs_of
@@ -190,19 +190,6 @@ def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 def _epsilon(model: Any, logits: Tensor) -> float:
     """Of the coarsest number format in the arithmetic."""
     return max(torch.finfo(dtype).eps for dtype in (logits.dtype, model.dtype) if dtype.is_floating_point)
-
-
-@contextmanager
-def left_as_it_was(model: Any) -> Iterator[None]:
-    """Without gradients; afterwards every module is in its mode again, and the random generators where they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _takes_borders(model: Any) -> bool:
