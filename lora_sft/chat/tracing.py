@@ -117,7 +117,9 @@ class TracedTemplate:
             if hasattr(extension, "activate_tracker"):  # that of this environment, not of the one that it is laid over
                 environment.activate_tracker = extension.activate_tracker  # type: ignore[attr-defined]
         limited(environment, self._limits)
-        tree = Weighed().visit(environment.parse(source))
+        tree = environment.parse(source)
+        self._limits.take(tree)
+        tree = Weighed().visit(tree)
         code = environment.compile(tree)
         return Template.from_code(environment, code, environment.make_globals(None))
 
