@@ -17,6 +17,7 @@ FLOORS = [
     ["cli"],
     ["api"],
     ["report"],
+    ["planning"],
     ["exporting"],
     ["merging"],
     ["publishing"],

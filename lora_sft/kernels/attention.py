@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lora_sft.kernels.standing import capability_of, kind_of
 from lora_sft.kernels.swap import Part, Swaps
 
 NAME = "sdpa_by_document"
@@ -117,10 +118,10 @@ def _one_after_another(
 def _has_varlen(query: Tensor, dropout: float) -> bool:
     """Whether torch's own kernel for rows of many lengths can be used: on CUDA, in 16 bits, without dropout."""
     return (
-        query.device.type == "cuda"
+        kind_of(query.device) == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
         and not dropout
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and capability_of(query.device) >= (8, 0)
         and importlib.util.find_spec("torch.nn.attention.varlen") is not None  # torch 2.10
     )
 

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lora_sft.kernels.standing import kind_of
+
 BLOCK_ELEMENTS = 1 << 17
 """Of one thread; half a megabyte in float32, which is half of a usual second-level cache."""
 
 
 def rows_at_a_time(width: int, device: torch.device) -> int:
     """Rows of that width in a block on the CPU; on other devices, where a call costs more than memory, all of them."""
-    if device.type != "cpu":
+    if kind_of(device) != "cpu":
         return 1 << 62
     return max(1, BLOCK_ELEMENTS * torch.get_num_threads() // width)
 

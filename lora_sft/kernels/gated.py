@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lora_sft.kernels.blocks import blocks_of, rows_at_a_time
 from lora_sft.kernels.proof import gap, likeness, noise
+from lora_sft.kernels.standing import kind_of, with_numbers
 from lora_sft.kernels.swap import Part, Swaps
 
 LAYOUTS = (("gate_proj", "up_proj"), ("gate_up_proj",))
@@ -149,12 +150,12 @@ def computed_again(
     others = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if not (product.requires_grad and torch.is_grad_enabled()) or others is not None:
         return nullcontext()
-    address, count, dtype = product.data_ptr(), product.numel(), product.dtype
+    storage, count, dtype = product.untyped_storage()._cdata, product.numel(), product.dtype
     held = [part.detach() for part in parts]
 
     def pack(tensor: Tensor) -> Tensor | _Again:
-        same = (tensor.data_ptr(), tensor.numel(), tensor.dtype) == (address, count, dtype) and tensor.is_contiguous()
-        return _Again(tensor.shape) if same else tensor
+        same = tensor.untyped_storage()._cdata == storage and (tensor.numel(), tensor.dtype) == (count, dtype)
+        return _Again(tensor.shape) if same and tensor.is_contiguous() else tensor
 
     def unpack(packed: Tensor | _Again) -> Tensor:
         if isinstance(packed, Tensor):
@@ -237,7 +238,7 @@ def _products(device: torch.device, layout: tuple[str, ...]) -> list[tuple[Produ
     """What may compute a product there, the fastest first of each activation."""
 
     found: list[tuple[Product, Activation]] = [(gated_product, activation) for activation in ACTIVATIONS]
-    if device.type != "cuda" or len(layout) != 2:
+    if kind_of(device) != "cuda" or len(layout) != 2:
         return found
     try:
         from liger_kernel.ops import (  # type: ignore[import-not-found, unused-ignore]
@@ -257,12 +258,13 @@ def _products(device: torch.device, layout: tuple[str, ...]) -> list[tuple[Produ
 def _prove(module: nn.Module, layout: tuple[str, ...]) -> tuple[Product, Activation] | None:
     """The first product that an MLP can be swapped for, in float32 and in its own dtypes; None if there is none."""
     devices = _devices(module)
-    if len(devices) != 1 or devices[0].type == "meta":
+    if len(devices) != 1:
         return None
+    device = with_numbers(devices[0])
     floats = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
     dtypes = {torch.float32, torch.bfloat16} | (floats & {torch.float16})
     for product, activation in _products(devices[0], layout):
-        if all(_is_same(module, layout, devices[0], dtype, product, activation) for dtype in dtypes):
+        if all(_is_same(module, layout, device, dtype, product, activation) for dtype in dtypes):
             return product, activation
     return None
 

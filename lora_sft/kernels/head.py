@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_sft.kernels.standing import autocast_of, kind_of, with_numbers
 from lora_sft.kernels.swap import Part, Swaps, run_once
 
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
@@ -70,10 +71,11 @@ def linear_cross_entropy(
     """
     if hidden.shape[:1] != targets.shape:
         raise ValueError(f"hidden has {hidden.shape[0]} tokens, targets are {tuple(targets.shape)}")
-    if torch.is_autocast_enabled(hidden.device.type):  # as torch's own linear layer would
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = autocast_of(hidden.device)
+    if torch.is_autocast_enabled(device):  # as torch's own linear layer would
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         found = _LinearCrossEntropy.apply(hidden, weight, bias, targets, shaping, label_smoothing)  # type: ignore[no-untyped-call]
         return Sums(*found)
 
@@ -97,7 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         at_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wanted[2] else None
         sums = hidden.new_zeros(4, dtype=torch.float32)
-        rows = max(1, min(tokens, TILE_BYTES.get(hidden.device.type, 256 << 20) // (vocabulary * hidden.itemsize)))
+        kind = kind_of(hidden.device)
+        rows = max(1, min(tokens, TILE_BYTES.get(kind, 256 << 20) // (vocabulary * hidden.itemsize)))
         tile = hidden.new_empty(rows, vocabulary)
         work = _Work(tile, any(wanted), shaping, label_smoothing)
         for start in range(0, tokens, rows):
@@ -136,7 +139,7 @@ class _Work:
     def __init__(self, tile: Tensor, with_gradient: bool, shaping: Shaping, label_smoothing: float) -> None:
         self.with_gradient, self.shaping, self.smoothing = with_gradient, shaping, label_smoothing
         rows, vocabulary = tile.shape
-        self.rows = max(1, min(rows, BLOCK_BYTES // (4 * vocabulary))) if tile.device.type == "cpu" else rows
+        self.rows = max(1, min(rows, BLOCK_BYTES // (4 * vocabulary))) if kind_of(tile.device) == "cpu" else rows
         self.logits, self.powers = tile.new_empty(2, self.rows, vocabulary, dtype=torch.float32).unbind()
 
     def turn(self, tile: Tensor, targets: Tensor) -> Tensor:
@@ -242,7 +245,8 @@ def shaping_of(model: Any, head: nn.Linear) -> Shaping | None:
     """What a model does to its logits, found out by sending numbers through it; None if it is neither of the two."""
 
     def numbers(hidden: Tensor) -> Tensor:
-        return hidden.new_tensor(PROBE, dtype=torch.float32).expand(*hidden.shape[:-1], len(PROBE))
+        probe = torch.tensor(PROBE, device=with_numbers(hidden.device))
+        return probe.expand(*hidden.shape[:-1], len(PROBE))
 
     with Swaps() as swaps:
         swaps.forward(head, numbers)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_sft.kernels.blocks import blocks_of, rows_at_a_time
 from lora_sft.kernels.proof import gap, likeness, noise
+from lora_sft.kernels.standing import kind_of, with_numbers
 from lora_sft.kernels.swap import Part, Swaps
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
@@ -90,9 +91,11 @@ def _is_in(found: Tensor, inputs: Tensor, scale: Tensor, kind: Kind) -> bool:
 
     Not in float16, whose small numbers lose their digits, and only where looking at the weight does not wait for a GPU.
     """
-    if found.dtype != inputs.dtype or inputs.dtype == torch.float16 or inputs.device.type != "cpu":
+    if found.dtype != inputs.dtype or inputs.dtype == torch.float16 or kind_of(inputs.device) != "cpu":
         return False
-    return (kind.rounded or inputs.dtype == torch.float32) and float(scale.abs().min()) >= SMALLEST_SCALE
+    if not kind.rounded and inputs.dtype != torch.float32:
+        return False
+    return scale.is_meta or float(scale.abs().min()) >= SMALLEST_SCALE  # without numbers: as models begin, with ones
 
 
 def _buffers(like: Tensor, count: int) -> Tensor:
@@ -179,12 +182,12 @@ def _is_plain(module: nn.Module) -> bool:
     if len(tensors) != 1 or any(module.children()) or "forward" in vars(module):
         return False
     (weight,) = tensors
-    return type(weight.data) is Tensor and weight.dim() == 1 and weight.numel() > 0 and not weight.is_meta
+    return type(weight.data) is Tensor and weight.dim() == 1 and weight.numel() > 0
 
 
 def _norms(device: torch.device) -> list[Norm]:
     """What may compute an RMSNorm there, the fastest first."""
-    if device.type == "cuda":
+    if kind_of(device) == "cuda":
         try:
             from liger_kernel.ops import LigerRMSNormFunction  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
@@ -224,10 +227,10 @@ def _gap(module: nn.Module, weight: Tensor, eps: float, dtype: torch.dtype, norm
     def exact(inputs: Tensor, weight: Tensor) -> Tensor:
         return (weight + kind.offset) * inputs * (inputs.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-    furthest = 0.0
+    furthest, device = 0.0, with_numbers(weight.device)
     for scale in SCALES:
-        inputs = (scale * noise(2, 8, len(weight))).to(weight.device, dtype)
-        other = (1 + noise(len(weight), seed=2) / 4).to(weight)
+        inputs = (scale * noise(2, 8, len(weight))).to(device, dtype)
+        other = (1 + noise(len(weight), seed=2) / 4).to(device, weight.dtype)
         one = gap(lambda x, w: norm(x, w, eps, kind), own, exact, [inputs, other])
         if one is None:
             return None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_sft.kernels.standing import autocast_of
 from lora_sft.kernels.swap import Part, Swaps, run_once
 
 
@@ -202,10 +203,10 @@ def _is_off(module: Any) -> bool:
 
 def _run(inputs: Tensor, modules: Sequence[Any]) -> list[Tensor]:
     """The outputs of LoRA layers, in the dtype that their own forwards would give."""
-    given, dtype = inputs.dtype, _dtype_of(modules[0].base_layer, inputs)
-    with torch.autocast(inputs.device.type, enabled=False):
+    given, dtype, device = inputs.dtype, _dtype_of(modules[0].base_layer, inputs), autocast_of(inputs.device)
+    with torch.autocast(device, enabled=False):
         found = lora_projections(inputs.to(dtype), [_layer_of(module, dtype) for module in modules])
-    return list(found) if torch.is_autocast_enabled(inputs.device.type) else [one.to(given) for one in found]
+    return list(found) if torch.is_autocast_enabled(device) else [one.to(given) for one in found]
 
 
 def _layer_of(module: Any, dtype: torch.dtype) -> Layer:
@@ -242,8 +243,8 @@ def _why_not(module: Any) -> str | None:
 
 def _dtype_of(base: nn.Module, inputs: Tensor) -> torch.dtype:
     """The dtype of the arithmetic, as the layer itself would choose it."""
-    if torch.is_autocast_enabled(inputs.device.type):
-        return torch.get_autocast_dtype(inputs.device.type)
+    if torch.is_autocast_enabled(autocast_of(inputs.device)):
+        return torch.get_autocast_dtype(autocast_of(inputs.device))
     asked: torch.dtype | None = getattr(base, "compute_dtype", None)  # of a 4-bit layer
     return inputs.dtype if asked is None else asked
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_sft.config import RunConfig
 from lora_sft.console import say
 from lora_sft.errors import ModelError
+from lora_sft.model.base import grow_vocabulary
 from lora_sft.model.foreign import refuse_slow_patterns
 
 if TYPE_CHECKING:
@@ -136,6 +137,23 @@ def _nearest(name: str, there: Sequence[str]) -> str:
     return f"; did you mean {found[0]}?" if found else f"; it has {', '.join(ends)}"
 
 
+def build_model(base: "PreTrainedModel", settings: "LoraConfig", seed: int, tokens: int | None = None) -> "PeftModel":
+    """A base, or its outline without storage → what is trained: with rows for all tokens, and a fresh adapter.
+
+    Args:
+        tokens: that the tokenizer knows; None: as many as the base.
+
+    Raises:
+        ModelError: PEFT cannot adapt what was asked for.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)  # the rows of new tokens are drawn
+    if tokens is not None:
+        grow_vocabulary(base, tokens)
+    return attach(base, settings, seed)
+
+
 def attach(model: "PreTrainedModel", settings: "LoraConfig", seed: int) -> "PeftModel":
     """Adds a fresh adapter; the same seed gives the same start. The adapter's weights are float32.
 
@@ -148,8 +166,9 @@ def attach(model: "PreTrainedModel", settings: "LoraConfig", seed: int) -> "Peft
 
     set_seed(seed)
     try:
-        # EVA fills the weights itself; until then they need no memory.
-        adapted = get_peft_model(model, settings, low_cpu_mem_usage=settings.init_lora_weights == "eva")
+        # EVA fills the weights itself; until then they need no memory, as those of an outline.
+        has_none = settings.init_lora_weights == "eva" or model.device.type == "meta"
+        adapted = get_peft_model(model, settings, low_cpu_mem_usage=has_none)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the adapter cannot be attached: {error}") from None
     set_dtype(adapted, torch.float32)

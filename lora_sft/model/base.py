@@ -14,6 +14,7 @@ from lora_sft.errors import ModelError
 from lora_sft.model.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 # It would warn at import that an optional package of CPU kernels is not there; nothing is slower or wrong for it.
@@ -173,8 +174,11 @@ def inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def skeleton(config: "PretrainedConfig", spec: BaseSpec) -> "PreTrainedModel":
+def skeleton(config: "PretrainedConfig", spec: BaseSpec, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
     """The model without storage (on the `meta` device): module names and shapes, in well under a second.
+
+    Args:
+        dtype: of its weights; None: as transformers chooses it, where only shapes count.
 
     Raises:
         ModelError: what the settings ask for is not installed or not known.
@@ -185,7 +189,10 @@ def skeleton(config: "PretrainedConfig", spec: BaseSpec) -> "PreTrainedModel":
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=spec.trust_remote_code, attn_implementation=spec.attn_implementation
+                config,
+                trust_remote_code=spec.trust_remote_code,
+                attn_implementation=spec.attn_implementation,
+                **({} if dtype is None else {"dtype": dtype}),
             )
     except (ImportError, ValueError) as error:
         raise ModelError(f"model {spec.name}: cannot be built: {_first_line(error)}") from None

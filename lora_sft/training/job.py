@@ -13,11 +13,10 @@ from lora_sft.config import RunConfig
 from lora_sft.console import say
 from lora_sft.data.intake import Intake
 from lora_sft.errors import DataError, ModelError
-from lora_sft.model.adapter import attach, check_targets, count_parameters, lora_config
+from lora_sft.model.adapter import build_model, check_targets, count_parameters, lora_config
 from lora_sft.model.base import (
     BaseSpec,
     choose_base,
-    grow_vocabulary,
     input_widths,
     name_base,
     read_config,
@@ -183,10 +182,9 @@ def _rehearse(lora: "LoraConfig", shape: "PreTrainedModel", speech: Speech) -> i
     rows, tokens = shape.get_input_embeddings().num_embeddings, len(speech.tokenizer)
     if tokens - len(speech.new_token_ids) > rows:
         raise ModelError(f"the tokenizer knows {tokens} tokens, the model embeds {rows}: they do not belong together")
-    grow_vocabulary(shape, tokens)
     rehearsal = copy.deepcopy(lora)
     rehearsal.init_lora_weights = True  # the other starts compute on weights, and there are none
-    return count_parameters(attach(shape, rehearsal, seed=0))[0]
+    return count_parameters(build_model(shape, rehearsal, 0, tokens))[0]
 
 
 def spec_of(model: "PreTrainedModel", config: RunConfig) -> BaseSpec:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from lora_sft.console import is_main_process, say
 from lora_sft.errors import OutputError, RunError
 from lora_sft.kernels.swap import Swaps
-from lora_sft.model.adapter import attach, describe_trained, set_dtype
-from lora_sft.model.base import grow_vocabulary, load_base, quantized_share
+from lora_sft.model.adapter import build_model, describe_trained, set_dtype
+from lora_sft.model.base import load_base, quantized_share
 from lora_sft.model.device import peak_bytes
 from lora_sft.model.fingerprint import hash_of_file
 from lora_sft.model.loading import manifest_of, put_adapter
@@ -166,14 +165,12 @@ def _as_finished(job: Job, folder: OutputFolder, given_model: Any) -> Outcome:
 
 def _model(job: Job, given_model: Any) -> Any:
     """The base with a fresh adapter."""
-    model = load_base(job.spec) if given_model is None else given_model
+    base = load_base(job.spec) if given_model is None else given_model
     if job.spec.quantization is not None:
         kept = f"embeddings, output layer and fused experts stay in {job.spec.dtype}"
-        say("base", f"{quantized_share(model):.0%} of the weights are in {job.spec.quantization}; {kept}")
-    set_seed(job.config.seed)  # the rows of new tokens are drawn
-    grow_vocabulary(model, len(job.speech.tokenizer))
-    teach_stop_tokens(model, job.speech)
-    model = attach(model, job.lora, job.config.seed)
+        say("base", f"{quantized_share(base):.0%} of the weights are in {job.spec.quantization}; {kept}")
+    teach_stop_tokens(base, job.speech)
+    model = build_model(base, job.lora, job.config.seed, len(job.speech.tokenizer))
     if job.config.lora_init == "eva":
         rows = job.train.examples[:ROWS_FOR_START]
         start_from_rows(model, batches(rows, 1, job.speech.tokenizer.pad_token_id, model.device))
