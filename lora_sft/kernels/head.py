@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_sft.kernels.standing import autocast_of, kind_of, with_numbers
 from lora_sft.kernels.swap import Part, Swaps, run_once
 
-TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+TILE_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 """Logits that are held at a time, in the dtype of the arithmetic."""
 
 BLOCK_BYTES = 1 << 20
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wanted[2] else None
         sums = hidden.new_zeros(4, dtype=torch.float32)
         kind = kind_of(hidden.device)
-        rows = max(1, min(tokens, TILE_BYTES.get(kind, 256 << 20) // (vocabulary * hidden.itemsize)))
+        rows = max(1, min(tokens, TILE_BYTES.get(kind, TILE_BYTES["cuda"]) // (vocabulary * hidden.itemsize)))
         tile = hidden.new_empty(rows, vocabulary)
         work = _Work(tile, any(wanted), shaping, label_smoothing)
         for start in range(0, tokens, rows):

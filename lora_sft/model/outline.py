@@ -51,8 +51,8 @@ def _quantize(model: "PreTrainedModel", spec: BaseSpec) -> None:
             layer.weight = _weight_in_8_bits(layer)
         if layer.bias is not None:
             layer.bias = torch.nn.Parameter(layer.bias.to(getattr(torch, spec.dtype)), requires_grad=False)
-    model.is_loaded_in_4bit = spec.quantization != "int8"  # type: ignore[attr-defined]
-    model.is_loaded_in_8bit = spec.quantization == "int8"  # type: ignore[attr-defined]
+    model.is_loaded_in_4bit = spec.quantization != "int8"
+    model.is_loaded_in_8bit = spec.quantization == "int8"
     keep_weights_unpacked(model)
 
 
@@ -81,7 +81,16 @@ def _weight_in_4_bits(layer: Any, spec: BaseSpec) -> Any:
         found = QuantState(absmax=absmax, state2=scales, offset=_empty(), **state)
     else:
         found = QuantState(absmax=_empty(blocks), **state)
-    return Params4bit(
+
+    class Outlined(Params4bit):  # type: ignore[misc]
+        """bitsandbytes 0.50 copies such a weight by way of one without its shape, which torch refuses without storage;
+        PEFT copies the layers that DoRA adapts."""
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return _weight_in_4_bits(layer, spec)
+
+    Outlined.__name__ = "Params4bit"  # by which PEFT knows it
+    return Outlined(
         _empty((count + 1) // 2, 1, dtype=torch.uint8),
         quant_state=found,
         blocksize=BLOCKSIZE,

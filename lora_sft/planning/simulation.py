@@ -1,24 +1,23 @@
 """Code that computes with tensors without storage → every allocation that it would make, and what it would compute.
 
-The step of a training is run for real, by the real classes, on the `meta` device: shapes, dtypes and lifetimes are those
-of the real tensors, and nothing is computed. What decides by numbers (masks, borders of documents, labels) decides as
-ever: integer and boolean tensors carry their values with them on the CPU.
+The step of a training is run by the real classes on the `meta` device: shapes, dtypes and lifetimes are those of the
+real tensors, and nothing is computed. What decides by numbers (masks, borders of documents, labels) decides as ever:
+integer and boolean tensors carry their values with them on the CPU.
 """
 
 import sys
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import bitsandbytes  # noqa: F401 - its operations are looked up below
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from lora_sft.kernels.standing import StandIn
+from lora_sft.planning.flops import flops_of
 from lora_sft.planning.hidden import hidden_bytes
 
 _aten = torch.ops.aten
@@ -40,7 +39,7 @@ IN_PLACE_BELOW = frozenset(
         *(_aten.masked_fill.Scalar, _aten.masked_scatter.default),
     )
 )
-"""What autograd does in place where nobody looks on, and out of place beneath a dispatch mode (`isTensorSubclassLike`)."""
+"""What autograd does in place where nobody looks on, and anew beneath a dispatch mode (`isTensorSubclassLike`)."""
 
 
 def _rows_in_8_bits(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,7 +54,7 @@ def _product_in_8_bits(
     return rows.new_empty(*in_8_bits.shape[:-1], len(weight)), rows.new_empty(len(rows), 0)
 
 
-STAND_INS = {
+STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.ops.bitsandbytes.int8_vectorwise_quant.default: _rows_in_8_bits,
     torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: _product_in_8_bits,
 }
@@ -93,43 +92,39 @@ class Work(NamedTuple):
     dtype: torch.dtype
 
 
-class Simulation(TorchDispatchMode):
+class Simulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, tensors on the `meta` device are followed.
 
     Attributes:
         blocks: all memory that was asked for, in order; its place there is its number.
         events: n when block n is taken, ~n when it is given back.
-        work: how often which work was done.
+        work: {phase: how often which work was done}.
         phase: what is being done now; written into each block.
+        operations: names of all that were done.
+        parts: what blocks turned out to be, where that is not said by their phase: weights, gradients, …
     """
 
     def __init__(self, device: StandIn) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.blocks: list[Block] = []
         self.events: list[int] = []
-        self.work: Counter[Work] = Counter()
+        self.work: defaultdict[str, Counter[Work]] = defaultdict(Counter)
         self.phase = "model"
+        self.operations: set[str] = set()
+        self.parts: dict[int, str] = {}
         self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._users: Counter[int] = Counter()
-
-    @contextmanager
-    def doing(self, phase: str) -> Iterator[None]:
-        """Within, blocks are of this phase."""
-        before, self.phase = self.phase, phase
-        try:
-            yield
-        finally:
-            self.phase = before
 
     def number_of(self, tensor: Tensor) -> int | None:
         """The number of the block in which a tensor lies; None if nobody has seen it."""
         held = self._held.get(tensor.untyped_storage()._cdata)
         return None if held is None else held[1]
 
-    def hold(self, tensors: Iterable[Tensor], operation: str) -> list[int]:
-        """Counts tensors that were there before, such as weights → the numbers of their blocks."""
-        return [self._see(tensor, operation) for tensor in tensors]
+    def hold(self, tensors: Iterable[Tensor], part: str) -> None:
+        """What tensors are told as; those that nobody has seen were there before, such as weights."""
+        for tensor in tensors:
+            self.parts[self._see(tensor, part)] = part
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -174,6 +169,7 @@ class Simulation(TorchDispatchMode):
                 one.planned_values = value  # type: ignore[attr-defined]
 
     def _write_down(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], found: Any) -> None:
+        self.operations.add(func._schema.name)
         results = [one for one in _tensors((found,), {}) if one.is_meta]
         known = len(self.blocks)
         for one in results:
@@ -187,11 +183,10 @@ class Simulation(TorchDispatchMode):
         if hidden := hidden_bytes(func, args, self.device):
             self.blocks.append(Block(hidden, "workspace", str(func)))
             self.events += [len(self.blocks) - 1, ~(len(self.blocks) - 1)]
-        count = flop_registry.get(func._overloadpacket)
-        flops = int(count(*args, **kwargs, out_val=found)) if count is not None else 0
+        flops = flops_of(func, args, kwargs, found)
         moved = sum(_bytes_of(one) for one in given) + sum(_bytes_of(one) for one in results)
         dtype = next((one.dtype for one in (*results, *given) if one.dtype.is_floating_point), torch.int64)
-        self.work[Work(flops, moved, dtype)] += 1
+        self.work[self.phase][Work(flops, moved, dtype)] += 1
 
     def _see(self, tensor: Tensor, operation: str) -> int:
         number = self.number_of(tensor)

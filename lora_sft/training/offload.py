@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 @dataclass
-class _Away:
+class Away:
     """A layer's input that was sent to the host.
 
     Attributes:
@@ -23,7 +23,7 @@ class _Away:
 
     copy: Tensor
     device: torch.device
-    previous: "_Away | None"
+    previous: "Away | None"
     arriving: tuple[Tensor, Any] | None = None
 
 
@@ -35,20 +35,20 @@ class HostCopies:
     but to try it.
     """
 
-    _latest: _Away | None = None
+    _latest: Away | None = None
     _streams: dict[torch.device, Any] = field(default_factory=dict)
 
     def keeping(self, number: int) -> Callable[[], AbstractContextManager[Any]]:
         """What is saved within the context is kept on the host; layer 0 begins a forward pass."""
 
-        def pack(tensor: Tensor) -> _Away:
+        def pack(tensor: Tensor) -> Away:
             away = self._send(tensor, None if number == 0 else self._latest)
             self._latest = away
             return away
 
         return lambda: saved_tensors_hooks(pack, self._fetch)
 
-    def _send(self, tensor: Tensor, previous: _Away | None) -> _Away:
+    def _send(self, tensor: Tensor, previous: Away | None) -> Away:
         copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
         if tensor.is_cuda:
             stream = self._stream(tensor.device)
@@ -58,9 +58,9 @@ class HostCopies:
             tensor.record_stream(stream)  # its memory is not given to others before the copy is made
         else:
             copy.copy_(tensor.detach())
-        return _Away(copy, tensor.device, previous)
+        return Away(copy, tensor.device, previous)
 
-    def _fetch(self, away: _Away) -> Tensor:
+    def _fetch(self, away: Away) -> Tensor:
         self._latest = None
         tensor, arrived = self._bring(away)
         away.arriving = None
@@ -72,7 +72,7 @@ class HostCopies:
             self._bring(away.previous)
         return tensor
 
-    def _bring(self, away: _Away) -> tuple[Tensor, Any]:
+    def _bring(self, away: Away) -> tuple[Tensor, Any]:
         """Starts the way back, unless it has begun."""
         if away.arriving is None:
             if away.device.type == "cuda":

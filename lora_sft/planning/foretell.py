@@ -1,0 +1,73 @@
+"""A run that is prepared → the settings that its plan chooses, and the peak that is foretold for its record."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_sft.console import say
+from lora_sft.planning.devices import Device, this_machine
+from lora_sft.planning.plan import Plan, make_plan
+from lora_sft.planning.search import choose_settings
+from lora_sft.planning.subject import blueprint_of_job
+from lora_sft.planning.workload import Workload
+from lora_sft.training.going_on import agreed
+from lora_sft.training.job import Job, with_settings
+from lora_sft.training.recompute import gib
+
+CHOSEN = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim")
+"""What `auto` chooses."""
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What a plan said of the memory of a run.
+
+    Attributes:
+        peak_bytes: that tensors would hold at most; None where the model cannot be simulated.
+        parts: what they are.
+        certainty: as in `Plan`.
+    """
+
+    peak_bytes: int
+    parts: Mapping[str, int]
+    certainty: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Foretold":
+        """From a plan."""
+        return cls(plan.peak.allocated, dict(plan.peak.parts), plan.certainty)
+
+
+def choose(job: Job, before: Mapping[str, Any] | None, given_model: Any = None) -> tuple[Job, Plan | None]:
+    """What `auto` asks for: the job with the settings of its plan, the same in all processes.
+
+    Args:
+        before: what the run was made of when it was begun; its settings are kept, whatever fits now.
+    """
+    if before is not None:
+        kept = {name: before["settings"][name] for name in CHOSEN if name in before["settings"]}
+        say("auto", "as when the run was begun: " + ", ".join(f"{name} {value}" for name, value in kept.items()))
+        return with_settings(job, **kept), None
+    plan: Plan = agreed(lambda: choose_settings(*_planned(job, given_model, measures=True)))
+    return with_settings(job, **{name: plan.settings[name] for name in CHOSEN}), plan
+
+
+def foretell(job: Job, recomputed: Any, given_model: Any = None) -> Foretold:
+    """The peak of a run whose settings are all known.
+
+    Args:
+        recomputed: as `gradient_checkpointing` says what the run does.
+    """
+    job = with_settings(job, gradient_checkpointing=recomputed)
+    return Foretold.of(make_plan(*_planned(job, given_model, measures=False)))
+
+
+def verdict(plan: Plan) -> str:
+    """One line: whether it fits."""
+    fits = "fits" if plan.fits else "does not fit"
+    return f"{fits}: needs {gib(plan.peak.needed)} of {gib(plan.device.bytes)} ({plan.device.name})"
+
+
+def _planned(job: Job, given_model: Any, measures: bool) -> tuple[Any, Workload, Device]:
+    kind = "cpu" if job.spec.device == "cpu" else "cuda"
+    return blueprint_of_job(job, given_model), Workload.of_data(job, job.speech), this_machine(kind, measures)
