@@ -13,6 +13,7 @@ from lora_sft.planning.workload import Workload
 from lora_sft.training.going_on import agreed
 from lora_sft.training.job import Job, with_settings
 from lora_sft.training.recompute import gib
+from lora_sft.training.run import Outcome
 
 CHOSEN = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim")
 """What `auto` chooses."""
@@ -60,6 +61,22 @@ def foretell(job: Job, recomputed: Any, given_model: Any = None) -> Foretold:
     """
     job = with_settings(job, gradient_checkpointing=recomputed)
     return Foretold.of(make_plan(*_planned(job, given_model, measures=False)))
+
+
+def memory_of(job: Job, outcome: Outcome, given_model: Any = None) -> dict[str, Any]:
+    """The peak that was foretold beside the one that was measured, for the manifest."""
+    on_cpu = job.spec.device == "cpu"
+    found: dict[str, Any] = {
+        "measured_bytes": max(0, outcome.result["peak_bytes"] - outcome.bytes_before),
+        "measured_as": "resident memory since the weights, libraries and files included"
+        if on_cpu
+        else "torch.cuda.max_memory_allocated",
+    }
+    if job.config.preflight and outcome.recomputed is not None:
+        foretold = foretell(job, outcome.recomputed, given_model)
+        found["foretold_bytes"], found["certainty"] = foretold.peak_bytes, foretold.certainty
+        found["parts"] = dict(foretold.parts)
+    return found
 
 
 def verdict(plan: Plan) -> str:

@@ -9,9 +9,9 @@ from lora_sft.planning.simulation import Simulation
 MICRO_BATCH = ("batch", "forward", "loss", "backward")
 """Phases that every micro-batch goes through; `optimizer` comes once a step."""
 
-SHARES = {"cuda": (0.6, 0.8, 8e-6), "cpu": (0.8, 0.9, 4e-6)}
+SHARES = {"cuda": (0.6, 0.8, 8e-6), "cpu": (0.55, 0.6, 6e-6)}
 """Of the published arithmetic and bandwidth, what well-made kernels reach, and the seconds that starting one takes.
-On a CPU both are measured on the spot, on shapes that suit it well."""
+On a CPU both are measured on the spot, on shapes that suit it well; a step reaches that much of them (`bench.plan`)."""
 
 UNSURE = 0.35
 """How far the seconds may be off if no step was measured."""

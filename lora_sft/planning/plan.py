@@ -12,8 +12,8 @@ from lora_sft.planning.account import Peak
 from lora_sft.planning.devices import Device
 from lora_sft.planning.formula import estimate
 from lora_sft.planning.pace import UNSURE, UNSURE_MEASURED
-from lora_sft.planning.subject import Blueprint
-from lora_sft.planning.trial import Recompute, Slopes, Trial, lays_end_to_end, try_step
+from lora_sft.planning.subject import Blueprint, subject_of
+from lora_sft.planning.trial import Recompute, Slopes, Trial, try_step
 from lora_sft.planning.workload import Workload, mean_tokens
 from lora_sft.training.batching import Batching
 
@@ -128,17 +128,21 @@ def make_plan(
     config, usable = blueprint.config, usable_bytes(device)
     notes: list[str] = []
     try:
-        one_row = lays_end_to_end(blueprint, device)
-        batching = batching_of(blueprint, one_row)
+        subject = subject_of(blueprint, device)
+        batching = batching_of(blueprint, subject.one_row)
         batch, evaluation = work.largest(batching), _evaluation(blueprint, work)
-        how = asked_recompute(blueprint, device)
-        if how is None:
-            how = Slopes(blueprint, device, batch, evaluation).least(usable) or Recompute(blueprint.layers)
-        trial = try_step(blueprint, device, batch, how, evaluation)
-        while trial.peak.needed > usable and config.gradient_checkpointing is None and how.layers < blueprint.layers:
-            how = Recompute(how.layers + 1)
-            trial = try_step(blueprint, device, batch, how, evaluation)
-        notes += _about_batches(one_row, config.packing)
+        asked = asked_recompute(blueprint, device)
+        how = asked or Recompute()
+        trial = try_step(blueprint, device, batch, how, evaluation, subject)
+        if asked is None and trial.peak.needed > usable:
+            subjects = {blueprint.layers: subject}
+            least = Slopes(blueprint, device, batch, evaluation, subjects).least(usable)
+            how = least or Recompute(blueprint.layers)
+            trial = try_step(blueprint, device, batch, how, evaluation, subject)
+            while trial.peak.needed > usable and how.layers < blueprint.layers:
+                how = Recompute(how.layers + 1)
+                trial = try_step(blueprint, device, batch, how, evaluation, subject)
+        notes += _about_batches(subject.one_row, config.packing)
     except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         batching, how = batching_of(blueprint, False), asked_recompute(blueprint, device) or Recompute(blueprint.layers)
         batch = work.largest(batching)

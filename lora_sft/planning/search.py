@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_sft.planning.devices import Device
 from lora_sft.planning.plan import Plan, Rung, asked_recompute, batching_of, make_plan, usable_bytes
-from lora_sft.planning.subject import Blueprint
+from lora_sft.planning.subject import Blueprint, Subject
 from lora_sft.planning.trial import Recompute, Slopes, lays_end_to_end
 from lora_sft.planning.workload import Workload, computed_tokens, mean_tokens
 
@@ -27,8 +27,9 @@ def choose_settings(blueprint: Blueprint, work: Workload, device: Device, measur
     """
     rungs: list[Rung] = []
     one_row = lays_end_to_end(blueprint, device)
+    subjects: dict[int, Subject] = {}
     for optim in _optimizers(blueprint, device):
-        rungs += _rungs(_with(blueprint, optim=optim), work, device, one_row)
+        rungs += _rungs(_with(blueprint, optim=optim), work, device, one_row, subjects)
         if any(rung.fits for rung in rungs):
             break
     order = sorted(rungs, key=lambda rung: (not rung.fits, rung.seconds_per_step if rung.fits else rung.needed_bytes))
@@ -62,7 +63,9 @@ def _optimizers(blueprint: Blueprint, device: Device) -> Sequence[str]:
     return (asked, SMALLER_OPTIMIZER) if can_shrink else (asked,)
 
 
-def _rungs(blueprint: Blueprint, work: Workload, device: Device, one_row: bool) -> list[Rung]:
+def _rungs(
+    blueprint: Blueprint, work: Workload, device: Device, one_row: bool, subjects: dict[int, Subject]
+) -> list[Rung]:
     """For each way to split the batch of a step, as little recomputation as it takes."""
     config = blueprint.config
     of_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -72,7 +75,7 @@ def _rungs(blueprint: Blueprint, work: Workload, device: Device, one_row: bool) 
         plan = _with(blueprint, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation)
         batching = batching_of(plan, one_row)
         batch = work.largest(batching)
-        slopes = Slopes(plan, device, batch)
+        slopes = Slopes(plan, device, batch, subjects=subjects)
         asked = config.gradient_checkpointing
         usable = usable_bytes(device)
         how = slopes.least(usable) if asked is None else asked_recompute(plan, device)

@@ -1,8 +1,6 @@
 """A model's configuration and the settings → the model that will be trained, without storage, with its fast parts."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,15 +133,13 @@ class Subject:
     one_row: bool
 
 
-@contextmanager
-def subject_of(plan: Blueprint, device: Device) -> Iterator[Subject]:
+def subject_of(plan: Blueprint, device: Device) -> Subject:
     """The model of a blueprint, as `training.run` would make it on that device.
 
     The fast parts are proven as ever, on numbers of the CPU, but for what only the real weights can show: that
     documents stay apart and that the whole step is the plain model's. A run proves both before its first step.
     """
-    stand_in = device.stand_in
-    with standing_for(stand_in), Swaps() as swaps:
+    with standing_for(device.stand_in):
         base = outline(plan.shape, plan.spec)
         lora = lora_config(plan.config, plan.new_token_ids, base)
         lora.init_lora_weights = True  # other starts compute on weights, and have the same shapes
@@ -152,7 +148,7 @@ def subject_of(plan: Blueprint, device: Device) -> Iterator[Subject]:
             cast_matrices(model)
         parts: tuple[Part, ...] = ()
         if plan.config.fast_kernels:
-            with Ways(stand_in), Simulation(stand_in):
-                parts = tuple(swap(model, swaps) for swap in PARTS)
-        implementation = str(getattr(model.config, "_attn_implementation", ""))
-        yield Subject(model, parts, takes_documents(model) or "flash" in implementation)
+            with Ways(device.stand_in), Simulation(device.stand_in):
+                parts = tuple(swap(model, Swaps()) for swap in PARTS)
+    implementation = str(getattr(model.config, "_attn_implementation", ""))
+    return Subject(model, parts, takes_documents(model) or "flash" in implementation)

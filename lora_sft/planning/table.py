@@ -8,7 +8,7 @@ from typing import Any
 from lora_sft.planning.devices import CARDS, Device
 from lora_sft.planning.families import relatives
 from lora_sft.planning.plan import usable_bytes
-from lora_sft.planning.subject import Blueprint
+from lora_sft.planning.subject import Blueprint, Subject
 from lora_sft.planning.trial import Recompute, Slopes
 from lora_sft.planning.workload import Workload, computed_tokens
 from lora_sft.training.batching import Batching
@@ -55,21 +55,21 @@ def make_table(plan: Blueprint, lengths: Sequence[int] = LENGTHS, cards: Sequenc
     spec = replace(plan.spec, dtype="bfloat16" if plan.spec.dtype != "float32" else "float32", device="cuda")
     needed = {}
     for size, shape in relatives(plan.shape).items():
-        row = []
+        row, subjects = [], dict[int, Subject]()
         for length in lengths:
             config = plan.config.model_copy(update={"per_device_train_batch_size": 1, "max_length": length})
-            row.append(_least(Blueprint(shape, spec, config), device, length))
+            row.append(_least(Blueprint(shape, spec, config), device, length, subjects))
         needed[size] = row
     how = plan.spec.quantization or plan.spec.dtype
     usable = {name: usable_bytes(CARDS[name]) for name in cards}
     return Table(f"{plan.shape.model_type}, {how}, rank {plan.config.lora_r}", tuple(lengths), needed, usable)
 
 
-def _least(plan: Blueprint, device: Device, length: int) -> int:
+def _least(plan: Blueprint, device: Device, length: int, subjects: dict[int, Subject]) -> int:
     work = Workload.of_lengths([length], length)
     batch = work.largest(Batching(1, length, one_row=True))
     assert computed_tokens(batch) == length
-    return int(Slopes(plan, device, batch).at(Recompute(plan.layers))[0])
+    return int(Slopes(plan, device, batch, subjects=subjects).at(Recompute(plan.layers))[0])
 
 
 def picture_of(table: Table) -> str:

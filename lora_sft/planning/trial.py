@@ -10,7 +10,7 @@ from lora_sft.planning.devices import CONTEXT_BYTES, Device
 from lora_sft.planning.optimizer import Optimizer
 from lora_sft.planning.pace import Pace, pace_of
 from lora_sft.planning.step import Batch, simulate
-from lora_sft.planning.subject import Blueprint, subject_of
+from lora_sft.planning.subject import Blueprint, Subject, subject_of
 from lora_sft.planning.workload import computed_tokens
 from lora_sft.training.recompute import Mode, in_words
 
@@ -54,33 +54,41 @@ class Trial(NamedTuple):
 
 
 def try_step(
-    plan: Blueprint, device: Device, batch: Batch, how: Recompute = Recompute(), evaluation: Batch | None = None
+    plan: Blueprint,
+    device: Device,
+    batch: Batch,
+    how: Recompute = Recompute(),
+    evaluation: Batch | None = None,
+    subject: Subject | None = None,
 ) -> Trial:
-    """Simulates a step of the largest micro-batch."""
-    config = plan.config
+    """Simulates a step of the largest micro-batch.
+
+    Args:
+        subject: of this blueprint, if it was made before.
+    """
+    config, dtype = plan.config, getattr(torch, plan.spec.dtype)
     optimizer = Optimizer(config)
-    with subject_of(plan, device) as subject:
-        found = simulate(
-            subject.model,
-            batch,
-            optimizer,
-            device,
-            getattr(torch, plan.spec.dtype),
-            how.layers,
-            how.offload,
-            config.gradient_accumulation_steps > 1,
-            config.label_smoothing,
-            evaluation,
-        )
-        inputs = computed_tokens(batch) * plan.shape.get_text_config().hidden_size
-    away = inputs * getattr(torch, plan.spec.dtype).itemsize * max(how.layers - 1, 0) if how.offload else 0
-    return Trial(peak_of(found, device), pace_of(found, device), computed_tokens(batch), optimizer.host_bytes + away)
+    found = simulate(
+        (subject or subject_of(plan, device)).model,
+        batch,
+        optimizer,
+        device,
+        dtype,
+        how.layers,
+        how.offload,
+        config.gradient_accumulation_steps > 1,
+        config.label_smoothing,
+        evaluation,
+    )
+    tokens = computed_tokens(batch)
+    inputs = tokens * int(plan.shape.get_text_config().hidden_size) * dtype.itemsize
+    away = inputs * max(how.layers - 1, 0) if how.offload else 0
+    return Trial(peak_of(found, device), pace_of(found, device), tokens, optimizer.host_bytes + away)
 
 
 def lays_end_to_end(plan: Blueprint, device: Device) -> bool:
     """Whether the attention of a model can compute examples that are laid end to end in one row."""
-    with subject_of(plan.with_layers(min(plan.layers, plan.period)), device) as subject:
-        return subject.one_row
+    return subject_of(plan.with_layers(min(plan.layers, plan.period)), device).one_row
 
 
 class Slopes:
@@ -90,8 +98,17 @@ class Slopes:
     recomputation, at whose peak the last layer is computed again. What is chosen so is simulated whole in the end.
     """
 
-    def __init__(self, plan: Blueprint, device: Device, batch: Batch, evaluation: Batch | None = None) -> None:
+    def __init__(
+        self,
+        plan: Blueprint,
+        device: Device,
+        batch: Batch,
+        evaluation: Batch | None = None,
+        subjects: dict[int, Subject] | None = None,
+    ) -> None:
+        """`subjects` keeps the models that are made, by their layers, for plans that differ in no shape of them."""
         self.plan, self.device, self.batch, self.evaluation = plan, device, batch, evaluation
+        self._subjects = {} if subjects is None else subjects
         self.layers, self._some = plan.layers, plan.period
         self._is_shallow = self.layers > 5 * self._some
         self._known: dict[tuple[int, int, bool], Trial] = {}
@@ -138,8 +155,10 @@ class Slopes:
         key = layers, recomputed, offload
         if key not in self._known:
             plan = self.plan if layers == self.layers else self.plan.with_layers(layers)
-            how = Recompute(recomputed, offload)
-            self._known[key] = try_step(plan, self.device, self.batch, how, self.evaluation)
+            if layers not in self._subjects:
+                self._subjects[layers] = subject_of(plan, self.device)
+            how, subject = Recompute(recomputed, offload), self._subjects[layers]
+            self._known[key] = try_step(plan, self.device, self.batch, how, self.evaluation, subject)
         return self._known[key]
 
 

@@ -184,6 +184,5 @@ def simulated(case: Case) -> Simulation:
     plan = case.blueprint()
     batching = batching_of(plan, lays_end_to_end(plan, HERE))
     how = asked_recompute(plan, HERE) or Recompute()
-    with subject_of(plan, HERE) as subject:
-        dtype = getattr(torch, case.dtype)
-        return simulate(subject.model, case.work().largest(batching), Optimizer(case.config), HERE, dtype, how.layers)
+    model, dtype = subject_of(plan, HERE).model, getattr(torch, case.dtype)
+    return simulate(model, case.work().largest(batching), Optimizer(case.config), HERE, dtype, how.layers)
