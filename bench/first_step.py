@@ -62,9 +62,10 @@ PARTS = {
     "what is told": "lora_sft.api.data_view",
     "hashing": "lora_sft.training.run.record_of",
     "loading": "lora_sft.training.run.load_base",
-    "adapter": "lora_sft.training.run.attach",
+    "adapter": "lora_sft.training.run.build_model",
     "proofs": "lora_sft.training.run.choose_batching",
     "trainer": "lora_sft.training.run.build_trainer",
+    "preflight": "lora_sft.api.preflight",
     "guarding": "lora_sft.training.watch.Watch.on_train_begin",
 }
 """Where ours go: name → the function that is timed, without what others of them take inside it."""

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from lora_sft.api import Chat, Run, evaluate, export, finetune, load, preview, validate
+    from lora_sft.api import Chat, Run, evaluate, export, finetune, load, plan, preview, validate
     from lora_sft.chat.labels import Example, Preview, encode
     from lora_sft.chat.rendering import Rendered, render
     from lora_sft.config import RunConfig
     from lora_sft.errors import LoraSftError
     from lora_sft.merging.merge import merge
+    from lora_sft.planning.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,8 @@ _HOME = {
     "export": "api",
     "finetune": "api",
     "load": "api",
+    "plan": "api",
+    "Plan": "planning.plan",
     "merge": "merging.merge",
     "preview": "api",
     "validate": "api",
@@ -50,6 +53,7 @@ __all__ = [
     "Chat",
     "Example",
     "LoraSftError",
+    "Plan",
     "Preview",
     "Rendered",
     "Run",
@@ -60,6 +64,7 @@ __all__ = [
     "finetune",
     "load",
     "merge",
+    "plan",
     "preview",
     "render",
     "validate",

@@ -13,10 +13,10 @@ from lora_sft.chat.probe import guess_stop_token
 from lora_sft.chat.stops import stop_tokens_of
 from lora_sft.chat.templates import find_template, shipped_templates
 from lora_sft.config import RunConfig
-from lora_sft.console import console, is_main_process
+from lora_sft.console import console, is_main_process, say
 from lora_sft.data.conversation import Message
 from lora_sft.data.intake import Intake
-from lora_sft.errors import DataError, RunError
+from lora_sft.errors import DataError, RunError, SettingError
 from lora_sft.exporting.export import export as export  # is public here
 from lora_sft.exporting.export import refuse_exports
 from lora_sft.exporting.targets import refuse_unknown
@@ -26,11 +26,21 @@ from lora_sft.model.generation import reply
 from lora_sft.model.loading import MANIFEST, load_model
 from lora_sft.model.tiny import tokenizer_for
 from lora_sft.model.tokenizer import prepare_speech
-from lora_sft.preparation.dataset import conversations_of, sources_of
+from lora_sft.planning.calibration import calibrate as measured_steps
+from lora_sft.planning.devices import find_device
+from lora_sft.planning.foretell import choose, memory_of, verdict
+from lora_sft.planning.plan import Plan, make_plan
+from lora_sft.planning.search import choose_settings
+from lora_sft.planning.subject import blueprint_of
+from lora_sft.planning.table import Table, make_table
+from lora_sft.planning.workload import Workload
+from lora_sft.preflight import preflight
+from lora_sft.preparation.dataset import conversations_of, read_data, sources_of
 from lora_sft.preparation.prepare import prepare, render_conversation
 from lora_sft.preparation.validation import Report, validate_conversations
 from lora_sft.publishing.card import model_card
 from lora_sft.report.page import report_page
+from lora_sft.report.plan_view import ladder_view
 from lora_sft.report.progress import LiveDisplay
 from lora_sft.report.views import data_view
 from lora_sft.settings import read_file, resolve
@@ -38,6 +48,7 @@ from lora_sft.training.evaluation import measure
 from lora_sft.training.job import load_speech, make_job
 from lora_sft.training.output import OutputFolder
 from lora_sft.training.progress import Listener
+from lora_sft.training.record import read_record
 from lora_sft.training.run import train
 from lora_sft.training.saving import make_manifest
 
@@ -122,6 +133,7 @@ def finetune(
 
     Raises:
         UsageError: something that was given is wrong; nothing was started.
+        VerificationError: what has to hold before the first step does not; nothing was trained.
         RunError: the training failed.
     """
     resolved, objects = _settings(config, settings, model, dataset, eval_dataset)
@@ -131,14 +143,20 @@ def finetune(
         job = make_job(resolved.model_copy(update={"output_dir": str(folder.path)}), **objects, tokenizer=tokenizer)
         refuse_exports(job, objects["model"])
         folder.check_room(job.output_bytes)
+        if job.config.auto:
+            job, chosen = choose(job, read_record(folder.path) if folder.begun else None, objects["model"])
+            if chosen is not None:
+                console().print(ladder_view(chosen.ladder))
+                say("plan", verdict(chosen))
         if job.intake.bad and is_main_process():
             folder.write("bad_rows.jsonl", job.intake.bad_rows())
         console().print(data_view(job))
         followers = [LiveDisplay()] if listeners is None else listeners
         with full_disk_told(folder.path, job.output_bytes, f"output_dir {folder.path}", RunError):
-            outcome = train(job, folder, objects["model"], followers)
+            outcome = train(job, folder, objects["model"], followers, preflight if job.config.preflight else None)
             if is_main_process():
-                manifest = make_manifest(outcome.model, job, outcome.result)
+                manifest = make_manifest(outcome.model, job, outcome.result) | {"preflight": outcome.proofs}
+                manifest["memory"] = memory_of(job, outcome, objects["model"])
                 folder.write("README.md", model_card(manifest, job.config, folder.path.name, outcome.metrics))
                 folder.write("report.html", report_page(job, manifest, outcome.metrics, folder.path.name))
                 folder.write_json(MANIFEST, manifest)  # last: its presence says that the run is finished
@@ -255,6 +273,65 @@ def validate(
     intake = Intake(names_repetitions=True)
     stream = conversations_of(sources_of(given, resolved, resolved.dataset_split), intake, "collect")
     return validate_conversations(stream, intake, speech, resolved)
+
+
+def plan(
+    model: "str | Path | PreTrainedModel | None" = None,
+    dataset: Any = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    gpu: str | None = None,
+    vram: str | float | None = None,
+    calibrate: bool = False,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    config: "RunConfig | str | Path | Mapping[str, Any] | None" = None,
+    **settings: Any,
+) -> Plan:
+    """Whether a run fits, what its memory is for, and how long it takes, before a weight is read or downloaded.
+
+    Optimizer steps of the code that training runs are simulated on tensors without storage. With `auto: true` the
+    fastest settings that fit are chosen.
+
+    Args:
+        model: a folder or a hub name, of which only the configuration is read, or a loaded model.
+        dataset: given like that of `finetune`; its tokenizer is needed then. Its largest micro-batch decides.
+        lengths: tokens of the examples, instead of a dataset. Neither: examples of `max_length`.
+        gpu: a card by name, such as `rtx4090`.
+        vram: memory of the GPU: `24GiB`, or 24. Neither: this machine, and what is free of it now.
+        calibrate: take ten real steps on this machine, so that the seconds are its own.
+        settings: those of `finetune`.
+
+    Raises:
+        UsageError: the model, the data, a setting or the device is wrong.
+    """
+    resolved, objects = _settings(config, settings, model, dataset, None)
+    device = find_device(gpu, vram)
+    if lengths is not None and (objects["dataset"] is not None or resolved.dataset is not None):
+        raise SettingError("lengths and dataset are both given; choose one")
+    if objects["dataset"] is None and resolved.dataset is None:
+        blueprint = blueprint_of(resolved, device, given_model=objects["model"])
+        work = Workload.of_lengths(lengths, resolved.max_length)
+    else:
+        speech = load_speech(resolved, tokenizer, objects["model"])
+        blueprint = blueprint_of(resolved, device, speech, objects["model"])
+        work = Workload.of_data(read_data(resolved, speech, objects["dataset"]), speech)
+    measured = measured_steps(blueprint, work, device) if calibrate else None
+    return (choose_settings if resolved.auto else make_plan)(blueprint, work, device, measured)
+
+
+def plan_table(
+    model: "str | Path | None" = None,
+    *,
+    config: "RunConfig | str | Path | Mapping[str, Any] | None" = None,
+    **settings: Any,
+) -> Table:
+    """What the sizes of a model's family need by context length, and which context fits on which card.
+
+    Raises:
+        UsageError: the model or a setting is wrong.
+    """
+    resolved, _ = _settings(config, settings, model, None, None)
+    return make_table(blueprint_of(resolved, find_device("rtx4090")))
 
 
 def check(name: str, *, trust_remote_code: bool = False) -> list[Finding]:

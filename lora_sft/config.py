@@ -318,11 +318,11 @@ class TrainingSettings(Section):
         "Optimizer, by its name in transformers: adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, …",
         also=("optimizer",),
     )
-    gradient_checkpointing: bool | Literal["selective", "offload"] | None = setting(
+    gradient_checkpointing: bool | PositiveInt | Literal["selective", "offload"] | None = setting(
         None,
-        "Recompute layers in the backward pass instead of keeping what they computed: true for all, selective for the "
-        "first half, offload for all with their inputs in the memory of the host, false for none. Unset: as little as "
-        "the largest micro-batch needs in the memory that is free.",
+        "Recompute layers in the backward pass instead of keeping what they computed: true for all, a number for so "
+        "many of the first, selective for the first half, offload for all with their inputs in the memory of the host, "
+        "false for none. Unset: as little as the largest micro-batch needs in the memory that is free.",
         also=("use_gradient_checkpointing", "grad_checkpoint", "activation_checkpointing"),
     )
     neftune_noise_alpha: PositiveFloat | None = setting(
@@ -334,11 +334,22 @@ class TrainingSettings(Section):
         "many rows. Only where the model is proven to keep them apart.",
         also=("sample_packing", "neat_packing"),
     )
+    auto: bool = setting(
+        False,
+        "Choose micro-batch, accumulation, recomputation and, if need be, a smaller optimizer by a plan of the run: "
+        "the fastest that fits, with as many conversations in a step as per_device_train_batch_size times "
+        "gradient_accumulation_steps.",
+    )
     fast_kernels: bool = setting(
         True,
         "Use our own faster forms of the step's parts: each only where it is proven on this model, and the whole held "
         "against the plain model on rows of the data before the run.",
         also=("use_liger_kernel", "use_unsloth", "enable_liger_kernel"),
+    )
+    preflight: bool = setting(
+        True,
+        "Before the first step, prove on the model and rows of the run what has to hold: gradients, accumulation, stop "
+        "tokens, save and load, the fast path, room on the disk. What does not hold ends the run.",
     )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
         "group_by_length",
@@ -386,8 +397,8 @@ class OutputSettings(Section):
     )
     resume_from_checkpoint: Resume = setting(
         "auto",
-        "auto: a run that was broken off in output_dir goes on, one that is finished is left alone. true: there has to "
-        "be one. A checkpoint folder: from that one. false: output_dir has to be empty.",
+        "With auto a run that was broken off in output_dir goes on, and one that is finished is left alone. true: there "
+        "has to be one. A checkpoint folder: from that one. false: output_dir has to be empty.",
         also=("resume", "resume_adapter_file"),
     )
     resume_with_changed: Names = setting(

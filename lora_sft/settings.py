@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from math import isinf
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -184,7 +184,10 @@ def _choices(name: str) -> tuple[Any, ...]:
     field = RunConfig.model_fields.get(other_names().get(name, name))
     if field is None:
         return ()
-    parts = get_args(field.annotation) or (field.annotation,)
+    parts = [
+        get_args(part)[0] if get_origin(part) is Annotated else part
+        for part in get_args(field.annotation) or (field.annotation,)
+    ]
     return tuple(choice for part in parts for choice in (get_args(part) if get_origin(part) is Literal else (part,)))
 
 
@@ -196,6 +199,7 @@ def _is_value(name: str, word: str) -> bool:
         or word.lower() in ("auto", "none", "null")
         or word in choices
         or str in choices
+        or (int in choices and word.isdecimal())
     )
 
 

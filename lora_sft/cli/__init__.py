@@ -52,6 +52,7 @@ def _add_commands() -> None:
         generate,
         init,
         merge,
+        plan,
         preview,
         replay,
         schema,
@@ -60,7 +61,7 @@ def _add_commands() -> None:
         validate,
     )
 
-    to_a_model = (demo, init, validate, preview, train, replay)
+    to_a_model = (demo, init, validate, preview, plan, train, replay)
     from_a_model = (evaluate, chat, generate, merge, export)
     for module in (*to_a_model, *from_a_model, templates, doctor, schema):
         commands.add_command(module.command)

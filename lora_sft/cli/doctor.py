@@ -1,19 +1,32 @@
-"""`lora-sft doctor`: what this machine has, and what is missing for which target."""
+"""`lora-sft doctor`: what this machine has, what of it is known not to work, and what is missing for which target."""
 
+import importlib
 import importlib.metadata
+import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
+from lora_sft.cli.known_bad import Gpu, Machine, troubles
 from lora_sft.cli.options import json_option, print_json
 
 OPTIONAL = ("gguf", "xllamacpp", "mlx", "mlx-lm", "vllm")
 """Packages that only some targets use, or are checked with."""
+
+KERNELS = {
+    "liger-kernel": "our own kernels do; `pip install 'lora_sft[liger]'` has its tried beside them on a GPU",
+    "flash-attn": "sdpa is used",
+    "triton": "only GPUs use it",
+    "causal-conv1d": "models with convolutions (Qwen3-Next, LFM2, …) are not packed",
+}
+"""{package: what is done without it}."""
 
 LITTLE_BYTES = 5 * 2**30
 
@@ -32,8 +45,10 @@ class Check:
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
-    """Tell what this machine has: packages, devices, disk, and what each export target lacks."""
-    checks = [*_python(), *_packages(), *_devices(), *_targets(), *_disk()]
+    """Tell what this machine has: packages, devices, kernels, disk; what of it is known not to work together; and what
+    each export target lacks."""
+    machine = look()
+    checks = [*_python(), *_packages(), *_devices(), *_kernels(machine), *_known_bad(machine), *_targets(), *_disk()]
     if as_json:
         print_json({"checks": [asdict(check) for check in checks]})
         return
@@ -90,10 +105,9 @@ def _devices() -> Iterator[Check]:
     for number in range(torch.cuda.device_count()):
         yield _gpu(number)
     if not torch.cuda.is_available():
-        unused = shutil.which("nvidia-smi") is not None
         why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to PyTorch"
-        hint = ", though an NVIDIA driver is installed; install a CUDA build of PyTorch" if unused else ""
-        yield Check("device", "missing" if unused else "ok", f"cpu, {torch.get_num_threads()} threads ({why}{hint})")
+        status = "missing" if shutil.which("nvidia-smi") else "ok"
+        yield Check("device", status, f"cpu, {torch.get_num_threads()} threads ({why})")
         if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
             words = "this CPU has it; bitsandbytes would repack 4-bit weights in place, which is switched off here"
             yield Check("AVX512-BF16", "ok", words)
@@ -111,6 +125,108 @@ def _gpu(number: int) -> Check:
     name = torch.cuda.get_device_name(number)
     has = "bfloat16" if bf16 else "no bfloat16 (float16 is used)"
     return Check(f"cuda:{number}", "ok", f"{name}, {_gib(free)} of {_gib(whole)} free, {has}")
+
+
+def _kernels(machine: Machine) -> Iterator[Check]:
+    """What computes faster, or is computed with at all."""
+    for name, without in KERNELS.items():
+        found = machine.versions.get(name)
+        yield Check(f"kernel {name}", "ok" if found else "missing", found or f"not installed (optional; {without})")
+    able = [gpu.name for gpu in machine.gpus if gpu.capability >= (8, 0)]
+    there = _imported("torch.nn.attention.varlen") is not None
+    words = "for rows of many lengths, in 16 bits" if there and able else "needs torch 2.10 and a GPU of capability 8.0"
+    yield Check("kernel varlen_attn", "ok" if there and able else "missing", f"torch's own; {words}")
+    if "bitsandbytes" in machine.versions and not machine.bitsandbytes_error:
+        yield Check("kernel bitsandbytes", "ok", _library_of_bitsandbytes())
+
+
+def _known_bad(machine: Machine) -> Iterator[Check]:
+    """What is known not to work together on this machine, what goes wrong, and what to do."""
+    for known, found in troubles(machine):
+        yield Check(known.topic, known.trouble, f"{found}: {known.wrong}; {known.do}")
+
+
+def look() -> Machine:
+    """This machine, as `KNOWN_BAD` looks at it."""
+    from packaging.utils import canonicalize_name
+
+    installed = {canonicalize_name(one.name): one for one in importlib.metadata.distributions() if one.name}
+    torch = _imported("torch")
+    gpus = _gpus(torch) if torch else []
+    shared, kernel = Path("/dev/shm"), platform.release().lower()
+    return Machine(
+        python=platform.python_version(),
+        versions={name: one.version for name, one in installed.items()},
+        requires={name: one.requires or [] for name, one in installed.items()},
+        torch_cuda=torch.version.cuda if torch else None,
+        torch_archs=torch.cuda.get_arch_list() if gpus else [],
+        gpus=gpus,
+        driver=_driver(),
+        environment=dict(os.environ),
+        bitsandbytes_error=_error_of_bitsandbytes() if gpus and "bitsandbytes" in installed else "",
+        flash_attn_error=_error_of_import("flash_attn") if "flash-attn" in installed else "",
+        shared_bytes=shutil.disk_usage(shared).total if shared.is_dir() else None,
+        is_wsl=sys.platform == "linux" and "microsoft" in kernel,
+    )
+
+
+def _imported(name: str) -> Any:
+    """A module; None if it cannot be imported, which other checks tell."""
+    try:
+        return importlib.import_module(name)
+    except Exception:
+        return None
+
+
+def _error_of_import(name: str) -> str:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a library of another torch fails in many ways
+        return f"installed, but not to be imported ({str(error).splitlines()[0][:200] if str(error) else type(error)})"
+    return ""
+
+
+def _gpus(torch: Any) -> list[Gpu]:
+    try:
+        return [
+            Gpu(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
+            for number in range(torch.cuda.device_count())
+        ]
+    except RuntimeError:  # told where each device is looked at
+        return []
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; None where none works."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    said = done.stdout.split()
+    return said[0] if done.returncode == 0 and said else None
+
+
+def _bitsandbytes() -> Any:
+    """The module that loads its native library."""
+    import lora_sft.model.base  # noqa: F401 - keeps back what it would say of an optional package
+
+    return _imported("bitsandbytes.cextension")
+
+
+def _error_of_bitsandbytes() -> str:
+    """Why its native library could not be loaded; it says so itself only when a layer is computed."""
+    found = _bitsandbytes()
+    return str(getattr(found.lib, "error_msg", "")) if found else "cannot be imported"
+
+
+def _library_of_bitsandbytes() -> str:
+    """The file of its native library."""
+    found = _bitsandbytes()
+    library = getattr(vars(found.lib).get("_lib"), "_name", None) if found else None
+    return Path(str(library)).name if library else "no native library: 4-bit and 8-bit models run in plain PyTorch"
 
 
 def _targets() -> Iterator[Check]:

@@ -191,17 +191,9 @@ def train_in(model: "PeftModel", dtype: str, learning_rate: float) -> None:
         dtype: `float32` or `bfloat16`.
         learning_rate: at its peak; about the size of AdamW's steps.
     """
-    import torch
-
     if dtype != "bfloat16":
         return
-    matrices = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "lora_" in name and "magnitude" not in name
-    ]
-    for parameter in matrices:
-        parameter.data = parameter.data.to(torch.bfloat16)
+    matrices = cast_matrices(model)
     filled = [parameter for parameter in matrices if parameter.any()]
     stuck = sum(too_coarse(parameter, learning_rate) for parameter in filled)
     count = sum(parameter.numel() for parameter in filled)
@@ -211,6 +203,20 @@ def train_in(model: "PeftModel", dtype: str, learning_rate: float) -> None:
         f"bfloat16 (asked for) saves {saved / 2**20:.1f} MiB of weights; {stuck / max(count, 1):.0%} of those that are "
         f"not 0 are so large that a step of {learning_rate:g} rounds to nothing",
     )
+
+
+def cast_matrices(model: "PeftModel") -> "list[torch.Tensor]":
+    """Casts the LoRA matrices to bfloat16 → them."""
+    import torch
+
+    matrices = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" in name and "magnitude" not in name
+    ]
+    for parameter in matrices:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return matrices
 
 
 def too_coarse(weights: "torch.Tensor", step: float) -> int:
@@ -228,14 +234,14 @@ def too_coarse(weights: "torch.Tensor", step: float) -> int:
 def describe_trained(model: "PeftModel") -> str:
     """`1,234,567 of 89,000,000 parameters (1.39 %) in q_proj ×2, k_proj ×2, …`"""
     trained, total = count_parameters(model)
-    modules = {_adapted_module(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    modules = {adapted_module(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     kinds = Counter(module.rpartition(".")[2] for module in sorted(modules))
     return f"{trained:,} of {total:,} parameters ({trained / total:.2%}) in " + ", ".join(
         f"{kind} ×{count}" for kind, count in kinds.items()
     )
 
 
-def _adapted_module(parameter: str) -> str:
+def adapted_module(parameter: str) -> str:
     """`….layers.0.self_attn.q_proj.lora_A.default.weight` → `….layers.0.self_attn.q_proj`."""
     return re.split(r"\.(?:base_layer\.)*(?:lora_|modules_to_save|token_adapter|trainable_tokens)", parameter)[
         0

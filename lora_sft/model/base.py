@@ -73,12 +73,16 @@ def choose_base(config: RunConfig) -> BaseSpec:
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.bf16, config.fp16, device)
     say("precision", f"{dtype} ({why})")
+    return with_precision(named, config, dtype, device)
+
+
+def with_precision(named: BaseSpec, config: RunConfig, dtype: str, device: str) -> BaseSpec:
+    """A model that is named → how the settings have it loaded, in that dtype and on that device."""
     quantization = _quantization(config)
-    double_quant = config.bnb_4bit_use_double_quant and quantization in ("nf4", "fp4")
     return replace(
         named,
         quantization=quantization,
-        double_quant=double_quant,
+        double_quant=config.bnb_4bit_use_double_quant and quantization in ("nf4", "fp4"),
         dtype=dtype,
         device=device,
         attn_implementation=config.attn_implementation,
@@ -105,8 +109,11 @@ def _quantization(config: RunConfig) -> str | None:
     return config.bnb_4bit_quant_type
 
 
-def read_config(spec: BaseSpec) -> "PretrainedConfig":
+def read_config(spec: BaseSpec, needs_weights: bool = True) -> "PretrainedConfig":
     """The model's `config.json`, without its weights.
+
+    Args:
+        needs_weights: whether a folder has to hold them.
 
     Raises:
         ModelError: there is no such model, it needs code that is not trusted, or it is no causal language model.
@@ -128,7 +135,7 @@ def read_config(spec: BaseSpec) -> "PretrainedConfig":
         raise ModelError(f"model {spec.name}: {config.model_type} is no causal language model that transformers knows")
     if folder.is_dir() and (folder / INDEX).is_file():
         shards_of(folder)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+    if needs_weights and folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"model {spec.name}: no .safetensors file in this folder; other weight files are not read, since loading "
             "them can run code"

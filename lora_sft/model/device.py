@@ -86,6 +86,13 @@ def peak_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int:
+    """Memory of the computer that this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def device_name(device: str) -> str:
     """The name of the GPU, or of the processor."""
     if device.startswith("cuda"):

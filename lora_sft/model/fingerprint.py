@@ -65,6 +65,15 @@ def fingerprint_of_loaded(model: "nn.Module") -> str:
     return digest.hexdigest()
 
 
+def stored_bytes(spec: BaseSpec) -> int | None:
+    """What the weight files of a model take on the disk; None if it is neither a folder nor in the hub's cache."""
+    try:
+        files = [_file(spec, name) for name in _weight_files(spec)]
+        return sum(file.stat().st_size for file in files if file is not None)
+    except (ModelError, OSError):
+        return None
+
+
 def _file(spec: BaseSpec, name: str) -> Path | None:
     """Where a file of the model lies; None if it is not there. Nothing is downloaded."""
     folder = Path(spec.name).expanduser()

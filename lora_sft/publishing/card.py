@@ -21,7 +21,7 @@ CURVE_POINTS = 8
 NOT_TOLD = frozenset(
     {"model_name_or_path", "dataset", "eval_dataset", "output_dir", "data_cache", "device", "dataset_num_proc"}
     | {"resume_from_checkpoint", "resume_with_changed", "report_to", "logging_steps"}
-    | {"save_strategy", "save_steps", "save_total_limit", "stop_when_diverging", "max_lost_share"}
+    | {"save_strategy", "save_steps", "save_total_limit", "stop_when_diverging", "max_lost_share", "preflight"}
     | {"eval_strategy", "eval_steps", "per_device_eval_batch_size"}
 )
 """Settings that say where things lay and when to look, not what was learned."""

@@ -45,7 +45,7 @@ def report_page(job: Job, manifest: dict[str, Any], lines: Sequence[dict[str, An
         f"{data['cut']:,} cut",
         "tokens learned": f"{result['supervised_tokens']:,} of {result['tokens']:,} seen",
         "base": f"{base['quantization'] or 'not quantized'}, {base['dtype']}, on {manifest['hardware']['device']}",
-        "peak memory": f"{result['peak_bytes'] / 2**30:.2f} GiB",
+        "peak memory": _memory(result["peak_bytes"], manifest["memory"]),
     }
     settings = job.config.model_dump(exclude_defaults=True, exclude={"model_name_or_path", "dataset", "output_dir"})
     return "\n".join(
@@ -54,6 +54,7 @@ def report_page(job: Job, manifest: dict[str, Any], lines: Sequence[dict[str, An
             f'<html lang="en"><meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style>',
             f"<h1>{escape(name)}</h1>",
             _table(facts),
+            *(["<h2>Proven before the first step</h2>", _table(_proofs(manifest))] if manifest["preflight"] else []),
             "<h2>Loss</h2>",
             _chart(curves),
             f"<h2>What is learned: {escape(job.train.first.source)}</h2>",
@@ -64,6 +65,21 @@ def report_page(job: Job, manifest: dict[str, Any], lines: Sequence[dict[str, An
             "",
         ]
     )
+
+
+def _memory(peak_bytes: int, memory: dict[str, Any]) -> str:
+    """What was measured, and what was foretold."""
+    words = f"{peak_bytes / 2**30:.2f} GiB"
+    if "foretold_bytes" in memory:
+        measured = f"{memory['measured_bytes'] / 2**30:.2f} GiB measured ({memory['measured_as']})"
+        words += f"; of the training {memory['foretold_bytes'] / 2**30:.2f} GiB foretold, {measured}"
+    return words
+
+
+def _proofs(manifest: dict[str, Any]) -> dict[str, str]:
+    """{proof: its number}, with a mark before what holds."""
+    marks = {True: "✓ ", False: "✗ "}
+    return {proof["name"]: marks.get(proof["holds"], "") + proof["words"] for proof in manifest["preflight"]}
 
 
 def _table(rows: dict[str, Any]) -> str:

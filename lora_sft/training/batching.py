@@ -7,7 +7,7 @@ once; where the last round has too few, a process gets an empty micro-batch, in 
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from lora_sft.chat.labels import Example
 
 if TYPE_CHECKING:
     from lora_sft.config import RunConfig
+    from lora_sft.training.isolation import Difference
 
 Order = Literal["random", "sequential", "group_by_length"]
 Lengths = Sequence[int] | NDArray[np.integer[Any]]
@@ -50,6 +51,7 @@ class Batching:
         order: of the examples; with packing, of the bins, for which `group_by_length` is as `random`.
         seed: of the order.
         ranks: processes that share the work.
+        apart: what examples that share a row do to each other's logits, as measured; None where none share one.
     """
 
     micro_batch: int
@@ -59,6 +61,7 @@ class Batching:
     order: Order = "group_by_length"
     seed: int = 42
     ranks: int = 1
+    apart: "Difference | None" = field(default=None, compare=False)
 
     @classmethod
     def of(cls, config: "RunConfig", ranks: int = 1) -> "Batching":
@@ -162,11 +165,37 @@ def _padding_of_rows(lengths: Lengths, batches: Sequence[Sequence[int]], batchin
     if batching.one_row or batching.micro_batch == 1:
         return 0
     padding = 0
-    for batch in filter(None, batches):
+    for batch in batches:
         sizes = [int(lengths[index]) for index in batch]
-        rows = [sum(sizes[first:last]) for first, last in pairwise(_row_borders(sizes, batching))]
-        padding += max(rows) * len(rows) - sum(rows)
+        padding += computed_tokens(sizes, batching) - sum(sizes)
     return padding
+
+
+def computed_tokens(sizes: Sequence[int], batching: Batching) -> int:
+    """How many tokens a forward pass over a micro-batch computes, padding included.
+
+    Args:
+        sizes: tokens of its examples, in their order.
+    """
+    if batching.one_row:
+        return sum(sizes)
+    rows = [sum(sizes[first:last]) for first, last in pairwise(_row_borders(sizes, batching))]
+    return max(rows) * len(rows) if batching.packing else max(sizes, default=0) * len(sizes)
+
+
+def halve(sizes: Sequence[int], batching: Batching) -> int:
+    """Where a micro-batch of two examples or more is cut: so many go into the first half, and the larger half computes
+    as few tokens as can be.
+
+    Args:
+        sizes: as for `computed_tokens`.
+    """
+
+    def larger_half(cut: int) -> tuple[int, int]:
+        halves = sizes[:cut], sizes[cut:]
+        return max(computed_tokens(half, batching) for half in halves), abs(len(sizes) - 2 * cut)
+
+    return min(range(1, len(sizes)), key=larger_half)
 
 
 def pack(lengths: Lengths, capacity: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """A model and examples → loss, perplexity and token accuracy, as means over the supervised tokens."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lora_sft.chat import IGNORED
 from lora_sft.chat.labels import Example
+from lora_sft.console import warn
 from lora_sft.training.loss import forward_loss
+from lora_sft.training.shortage import let_go
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, device: Any = "cpu") -> dict[str, Tensor]:
@@ -64,17 +66,49 @@ def sum_up(
     pad_token_id: int,
     batch_size: int,
     rows: Sequence[int] | None = None,
+    shrink: Callable[[int], None] = lambda size: None,
 ) -> Sums:
-    """Sums over the supervised tokens of examples, or of some `rows` of them. The model's mode is left as it was."""
+    """Sums over the supervised tokens of examples, or of some `rows` of them. The model's mode is left as it was.
+
+    A batch that is out of memory is halved, and so are those after it.
+
+    Args:
+        shrink: is told the batch size that is used from then on.
+
+    Raises:
+        torch.OutOfMemoryError: one example is too large.
+    """
+    rows = range(len(examples)) if rows is None else rows
     was_training = model.training
     model.eval()
-    sums = Sums(0.0, 0.0, 0.0)
+    sums, start = Sums(0.0, 0.0, 0.0), 0
     try:
-        with torch.inference_mode():
-            for batch in batches(examples, batch_size, pad_token_id, model.device, rows):
-                loss, _ = forward_loss(model, batch)
-                found = (loss.nll.item(), loss.correct.item(), loss.tokens.item())
+        while start < len(rows):
+            some = rows[start : start + batch_size]
+            found = _sums_of(model, pad([examples[row] for row in some], pad_token_id), len(some) == 1)
+            if found is None:
+                let_go(model.device)
+                batch_size = len(some) // 2
+                warn(
+                    f"{len(some)} evaluation examples at a time are out of memory on {model.device}; from now on it is "
+                    f"{batch_size}, which gives the same result"
+                )
+                shrink(batch_size)
+            else:
                 sums = Sums(*(old + new for old, new in zip(sums, found, strict=True)))
+                start += len(some)
     finally:
         model.train(was_training)
     return sums
+
+
+@torch.inference_mode()
+def _sums_of(model: Any, batch: dict[str, Tensor], is_one: bool) -> Sums | None:
+    """Those of a batch; None if it is out of memory and of several examples."""
+    try:
+        loss, _ = forward_loss(model, {name: column.to(model.device) for name, column in batch.items()})
+        return Sums(loss.nll.item(), loss.correct.item(), loss.tokens.item())
+    except torch.OutOfMemoryError:
+        if is_one:
+            raise
+        return None

@@ -36,7 +36,7 @@ PARTS: tuple[Callable[[Any, Swaps], Part], ...] = (
 )
 """A further one: a function of a model, and this line."""
 
-ROWS, TOKENS = 2, 128
+ROWS, TOKENS = 2, 64
 """Of the batch that the proof is made on: examples, and tokens of each at most."""
 
 ROUNDING = {torch.float32: (1e-5, 1e-3), torch.float16: (2e-3, 0.03), torch.bfloat16: (5e-3, 0.1)}
@@ -66,6 +66,20 @@ class Distance(NamedTuple):
         return f"{self.loss:.1g} in the loss and {self.gradients:.1g} in the gradients"
 
 
+class Quickened(NamedTuple):
+    """What became of the fast parts.
+
+    Attributes:
+        batching: how micro-batches are made for the model as it is left.
+        engaged: the parts that are used now, in words; empty if all were taken out again.
+        distance: of a step with them from the plain model's, on rows of the data.
+    """
+
+    batching: Batching
+    engaged: str
+    distance: Distance
+
+
 def quicken(
     model: Any,
     examples: Sequence[Example],
@@ -73,7 +87,7 @@ def quicken(
     settle: Callable[[], Batching],
     swaps: Swaps,
     autocast: torch.dtype | None,
-) -> Batching:
+) -> Quickened:
     """Swaps in the fast parts, proves them, and says what became of them.
 
     Args:
@@ -83,11 +97,8 @@ def quicken(
             proven in it.
         swaps: gets all that was swapped.
         autocast: the dtype of the arithmetic, if it is not that of the weights.
-
-    Returns:
-        What `settle` found for the model as it is left.
     """
-    rows = [_short(examples[index]) for index in range(min(ROWS, len(examples)))]
+    rows = [shortened(examples[index], TOKENS) for index in range(min(ROWS, len(examples)))]
     with _left_for_proof(model):
         plain = _measure(model, pad(rows, pad_token_id), autocast)
     parts = [swap(model, swaps) for swap in PARTS]
@@ -101,13 +112,13 @@ def quicken(
         say("fast", f"{engaged}; the plain model's step differs by {distance}")
         if left := "; ".join(f"{part.name}: {part.left}" for part in parts if part.left):
             say("fast", f"left as they are: {left}")
-        return batching
+        return Quickened(batching, engaged, distance)
     swaps.undo()
     warn(
         f"the fast parts are off: a step with them differs from the plain model's by {distance}, more than rounding "
         "(or did in another process)"
     )
-    return settle()
+    return Quickened(settle(), "", distance)
 
 
 def compare(plain: Measured, other: Measured) -> Distance:
@@ -123,11 +134,11 @@ def compare(plain: Measured, other: Measured) -> Distance:
     return found if all(map(math.isfinite, found)) else Distance(math.inf, math.inf)
 
 
-def _short(example: Example) -> Example:
-    """At most `TOKENS` tokens of an example, with the first that is learned near their middle."""
+def shortened(example: Example, tokens: int) -> Example:
+    """At most so many tokens of an example, with the first that is learned near their middle."""
     first = next((place for place, label in enumerate(example.labels) if label != IGNORED), 0)
-    start = max(0, min(first - TOKENS // 2, len(example.input_ids) - TOKENS))
-    return Example(example.input_ids[start : start + TOKENS], example.labels[start : start + TOKENS])
+    start = max(0, min(first - tokens // 2, len(example.input_ids) - tokens))
+    return Example(example.input_ids[start : start + tokens], example.labels[start : start + tokens])
 
 
 def _measure(model: Any, batch: Mapping[str, Any], autocast: torch.dtype | None) -> Measured:
@@ -138,32 +149,42 @@ def _measure(model: Any, batch: Mapping[str, Any], autocast: torch.dtype | None)
         with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             loss, _ = forward_loss(model, moved)
         loss.value.backward()  # type: ignore[no-untyped-call]
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    gradients = {name: parameter.grad for name, parameter in trained if parameter.grad is not None}
-    for _, parameter in trained:
-        parameter.grad = None
-    return Measured(float(loss.value.detach()), gradients)
+    return Measured(float(loss.value.detach()), take_gradients(model))
+
+
+def take_gradients(model: Any) -> dict[str, Tensor]:
+    """{name: gradient} of all parameters that have one; afterwards none has."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            found[name], parameter.grad = parameter.grad, None
+    return found
 
 
 @contextmanager
 def _left_for_proof(model: Any) -> Iterator[None]:
-    """The model in eval mode, its zero matrices filled, since zeros would hide what goes wrong behind them.
+    """The model in eval mode, its zero matrices filled. Afterwards all is as it was."""
+    with left_as_it_was(model), filled(model):
+        model.eval()
+        yield
 
-    LoRA's B begins with zeros, and so would every gradient of A. Afterwards all is as it was.
+
+@contextmanager
+def filled(model: Any) -> Iterator[None]:
+    """Within, an adapter's zero matrices hold small numbers, since zeros would hide what goes wrong behind them.
+
+    LoRA's B begins with zeros, and so would every gradient of A.
     """
     zeros = [
         parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and "lora_" in name and not parameter.any()
     ]
-    with left_as_it_was(model):
-        generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    try:
         for parameter in zeros:
-            drawn = torch.randn(parameter.shape, generator=generator) * 0.02
-            parameter.data.copy_(drawn)
-        model.eval()
-        try:
-            yield
-        finally:
-            for parameter in zeros:
-                parameter.data.zero_()
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        yield
+    finally:
+        for parameter in zeros:
+            parameter.data.zero_()

@@ -1,7 +1,8 @@
 """What a trainer does besides training, so that nothing is lost or silently wrong: it is watched, it can be stopped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +20,7 @@ from lora_sft.training.loss import forward_loss
 from lora_sft.training.modules import Look, first_bad, look_behind_modules
 from lora_sft.training.replay import FAILURE, Failure, describe, write_failure
 from lora_sft.training.signals import Stop, StopWithCheckpoint
+from lora_sft.training.splitting import LargestFirst
 from lora_sft.training.watch import ADVICE, Fault, MicroBatch, Watch, random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -31,10 +33,12 @@ TOKENS = "tokens"
 
 
 class Guarding(Base):
-    """To be mixed into a trainer. It needs its `_examples`, `_lengths` and `_batching`."""
+    """To be mixed into a trainer, before `Splitting`. It needs its `_examples`, `_lengths` and `_batching`."""
 
     model: Any
     watch: Watch | None = None
+    loss_of_kept: Callable[[MicroBatch, Any], Tensor]
+    try_largest: Callable[[], None]
     label_smoothing: float
     _examples: Sequence[Example]
     _lengths: Lengths
@@ -47,17 +51,19 @@ class Guarding(Base):
             swaps: undone before a failure is looked at, module by module, as a replay of it does later.
         """
         self._config, self._stop, self._swaps = config, Stop(), swaps
+        self._plan_of = lru_cache(maxsize=2)(partial(plan_batches, self._lengths))  # the first epoch's, and the last
         self.watch = Watch(
             self.model,
             self.model.config.get_text_config().vocab_size,
             config.stop_when_diverging,
-            self.loss_of,
+            self.loss_of_kept,
             self.over_all,
             self._scale,
             self.end_with_failure,
         )
         self.add_callback(StopWithCheckpoint(self._stop, self._asked, self.accelerator.wait_for_everyone))
         self.add_callback(self.watch)
+        self.add_callback(LargestFirst(self.try_largest))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Listens to signals while it trains."""
@@ -110,14 +116,17 @@ class Guarding(Base):
         scaler = getattr(self.accelerator, "scaler", None)
         return None if scaler is None else float(scaler.get_scale())
 
+    @property
+    def batching_now(self) -> Batching:
+        """How micro-batches are made."""
+        # `_train_batch_size` is smaller than the setting where auto_find_batch_size has halved it.
+        return replace(self._batching, micro_batch=self._train_batch_size)
+
     def rows_of(self, batch: MicroBatch) -> dict[int, Example]:
         """{number in the training data: example} of a micro-batch, in its order."""
-        # `_train_batch_size` is smaller than the setting where auto_find_batch_size has halved it.
-        batching = replace(self._batching, micro_batch=self._train_batch_size)
-        in_a_step = self.args.gradient_accumulation_steps
-        steps = plan_batches(self._lengths, batching).steps_of_an_epoch(in_a_step)
-        epoch, step = divmod(batch.step, steps)
-        mine = plan_batches(self._lengths, batching, epoch).batches[self.args.process_index :: batching.ranks]
+        batching, in_a_step = self.batching_now, self.args.gradient_accumulation_steps
+        epoch, step = divmod(batch.step, self._plan_of(batching, 0).steps_of_an_epoch(in_a_step))
+        mine = self._plan_of(batching, epoch).batches[self.args.process_index :: batching.ranks]
         return {index: self._examples[index] for index in mine[step * in_a_step + batch.number]}
 
     def end_with_failure(self, fault: Fault, batches: Sequence[MicroBatch]) -> NoReturn:
@@ -155,10 +164,13 @@ class Guarding(Base):
         found = (named, 0.0, list[Look]())
         for batch in [named] if fault.batch is not None else batches:
             set_random_state(batch.random, self.model.device)
-            loss, looks = look_behind_modules(
-                self.model,
-                lambda batch=batch: self.loss_of(batch.inputs, batch.token_count) * (self._scale() or 1.0),  # type: ignore[misc]
-            )
+            try:
+                loss, looks = look_behind_modules(
+                    self.model,
+                    lambda batch=batch: self.loss_of(batch.inputs, batch.token_count) * (self._scale() or 1.0),  # type: ignore[misc]
+                )
+            except torch.OutOfMemoryError:
+                continue  # it was computed in parts, or with recomputation; it can still be named
             if batch is named or first_bad(looks):
                 found = batch, loss / (self._scale() or 1.0), looks
             if first_bad(looks):

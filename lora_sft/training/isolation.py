@@ -61,6 +61,23 @@ class Probe(NamedTuple):
     influence: list[Difference]
     company: Difference
 
+    @property
+    def worst(self) -> Difference:
+        """The largest of all, measured by what of it can be rounding."""
+        return max([*self.influence, self.company], key=lambda difference: difference.found - difference.allowed)
+
+
+class Finding(NamedTuple):
+    """What becomes of examples in one row.
+
+    Attributes:
+        leak: why they must not share one; None if they stay apart.
+        apart: the largest difference that was measured; None if the model does not take such a row.
+    """
+
+    leak: str | None
+    apart: Difference | None
+
 
 def settle(batching: Batching, model: Any, vocabulary_size: int | None = None) -> Batching:
     """Examples end to end in one row only where that is proven to keep them apart; otherwise padded, and it is said.
@@ -69,20 +86,26 @@ def settle(batching: Batching, model: Any, vocabulary_size: int | None = None) -
     and no padding is computed.
     """
     if not batching.packing:
-        flat = _takes_borders(model) and leaks(model, vocabulary_size) is None
-        return replace(batching, one_row=flat)
-    why_not = None
+        found = examine(model, vocabulary_size) if _takes_borders(model) else None
+        flat = found is not None and found.leak is None
+        return replace(batching, one_row=flat, apart=found.apart if found and flat else None)
+    found = None
     # Kernels that know the borders take one row. So do recurrent layers, where they keep examples apart at all.
     for one_row in (True,) if batching.micro_batch == 1 or _takes_borders(model) else (False, True):
-        why_not = leaks(model, vocabulary_size, one_row)
-        if why_not is None:
-            return replace(batching, one_row=one_row)
-    warn(f"packing is off: {why_not}. Examples of similar length are batched instead")
-    return replace(batching, packing=False, order="group_by_length")
+        found = examine(model, vocabulary_size, one_row)
+        if found.leak is None:
+            return replace(batching, one_row=one_row, apart=found.apart)
+    warn(f"packing is off: {found and found.leak}. Examples of similar length are batched instead")
+    return replace(batching, packing=False, order="group_by_length", apart=None)
 
 
 def leaks(model: Any, vocabulary_size: int | None = None, one_row: bool = True) -> str | None:
-    """Why examples must not be packed for this model; None if they stay apart.
+    """Why examples must not be packed for this model; None if they stay apart. Arguments as of `examine`."""
+    return examine(model, vocabulary_size, one_row).leak
+
+
+def examine(model: Any, vocabulary_size: int | None = None, one_row: bool = True) -> Finding:
+    """Whether examples may be packed for this model.
 
     Args:
         model: a causal language model of transformers, with or without adapter, quantized or not. Its modes and the
@@ -93,14 +116,16 @@ def leaks(model: Any, vocabulary_size: int | None = None, one_row: bool = True) 
     try:
         measured = probe(model, vocabulary_size, one_row)
     except RefusedError as refused:
-        return str(refused)
+        return Finding(str(refused), None)
     kind = _kind(model)
     influence = max(measured.influence, key=lambda difference: difference.found - difference.allowed)
     if influence.is_real:
-        return f"{kind} lets one packed example see another: its words move the other's logits by {influence}"
+        words = f"{kind} lets one packed example see another: its words move the other's logits by {influence}"
+        return Finding(words, influence)
     if measured.company.is_real:
-        return f"{kind} gives an example other logits in a packed row than alone, by {measured.company}"
-    return None
+        words = f"{kind} gives an example other logits in a packed row than alone, by {measured.company}"
+        return Finding(words, measured.company)
+    return Finding(None, measured.worst)
 
 
 def probe(model: Any, vocabulary_size: int | None = None, one_row: bool = True) -> Probe:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from lora_sft.training.trainer import training_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,7 @@ def make_job(
     shape = skeleton(read_config(spec), spec) if model is None else model
     check_targets(config, shape)
     refuse_odd_widths(input_widths(shape), spec)
-    if model is None:
-        speech = load_speech(config, tokenizer)
-    else:
-        tokenizer = load_tokenizer(spec) if tokenizer is None else tokenizer
-        speech = _speech(config, tokenizer, model.generation_config)
+    speech = load_speech(config, tokenizer, model)
     lora = lora_config(config, speech.new_token_ids, shape)
     trained = _rehearse(lora, shape, speech) if model is None else 0
     data = read_data(config, speech, dataset, eval_dataset)
@@ -151,24 +147,34 @@ def make_job(
     return job
 
 
-def load_speech(config: RunConfig, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Speech:
-    """Settings → tokenizer, template and stop tokens, without weights; `tokenizer` replaces the model's own.
+def with_settings(job: Job, **changes: Any) -> Job:
+    """The job with other settings of the training."""
+    config = job.config.model_copy(update=changes)
+    arguments = training_arguments(config, job.spec.device, job.spec.dtype, job.evaluation is not None)
+    changed = replace(job, config=config, arguments=arguments, batching=Batching.of(config, int(arguments.world_size)))
+    changed.begin_warmup()
+    return changed
+
+
+def load_speech(
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    given_model: "PreTrainedModel | None" = None,
+) -> Speech:
+    """Settings → tokenizer, template and stop tokens, without weights.
+
+    Args:
+        tokenizer: instead of the model's own.
+        given_model: one that was given loaded.
 
     Raises:
         ModelError: no tokenizer there.
         TemplateError: no template that fits.
     """
-    spec = name_base(config)
+    spec = name_base(config) if given_model is None else BaseSpec(_name_of(given_model, config))
     tokenizer = load_tokenizer(spec) if tokenizer is None else tokenizer
-    return _speech(config, tokenizer, read_generation_config(spec))
-
-
-def _speech(
-    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", generation_config: "GenerationConfig | None"
-) -> Speech:
-    return prepare_speech(
-        tokenizer, generation_config, config.chat_template, config.new_tokens, config.chat_template_dir
-    )
+    stops = read_generation_config(spec) if given_model is None else given_model.generation_config
+    return prepare_speech(tokenizer, stops, config.chat_template, config.new_tokens, config.chat_template_dir)
 
 
 def _rehearse(lora: "LoraConfig", shape: "PreTrainedModel", speech: Speech) -> int:
@@ -212,12 +218,16 @@ def spec_of(model: "PreTrainedModel", config: RunConfig) -> BaseSpec:
     dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else dtype
     say("base", f"as given: {dtype}{f', {quantization}' if quantization else ''}, on {device}")
     return BaseSpec(
-        name=str(model.name_or_path or config.model_name_or_path or ""),
+        name=_name_of(model, config),
         quantization=quantization,
         double_quant=bool(getattr(method, "bnb_4bit_use_double_quant", False)),
         dtype=dtype,
         device=device,
     )
+
+
+def _name_of(model: "PreTrainedModel", config: RunConfig) -> str:
+    return str(model.name_or_path or config.model_name_or_path or "")
 
 
 def _check_positions(shape: "PreTrainedModel", prepared: Sequence[Prepared]) -> None:

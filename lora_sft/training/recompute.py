@@ -9,6 +9,7 @@ seconds with NF4, depends on the names of kernels, and fails where one adds to a
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -21,8 +22,9 @@ from lora_sft.console import say
 from lora_sft.errors import ModelError
 from lora_sft.kernels.swap import Swaps
 from lora_sft.training.activations import Activations, input_apart, layers_of, measure
-from lora_sft.training.batching import Batching, Lengths, plan_batches
+from lora_sft.training.batching import Batching, BatchPlan, Lengths, computed_tokens, plan_batches
 from lora_sft.training.offload import HostCopies
+from lora_sft.training.shortage import let_go
 
 Mode = Literal["none", "selective", "full", "offload"]
 
@@ -31,6 +33,10 @@ SHARE_TO_USE = {"cuda": 0.9, "cpu": 0.5}
 
 BYTES_OF_A_TRAINED_WEIGHT = 12
 """A gradient and two AdamW moments in float32, which come with the first step."""
+
+
+Measured = tuple[Activations | None, int]
+"""What the largest micro-batch keeps, None if it is out of memory already in its forward pass; and free bytes."""
 
 
 class Rung(NamedTuple):
@@ -104,10 +110,10 @@ def free_bytes(device: torch.device) -> int:
 
 def recompute(
     model: Any,
-    asked: bool | Literal["selective", "offload"] | None,
+    asked: bool | int | Literal["selective", "offload"] | None,
     run: Callable[[], Tensor],
     swaps: Swaps,
-    over_ranks: Callable[[tuple[Activations, int]], Sequence[tuple[Activations, int]]] = lambda here: [here],
+    over_ranks: Callable[[Measured], Sequence[Measured]] = lambda here: [here],
 ) -> Mode:
     """Switches on what is asked for, or what is needed, and says it.
 
@@ -133,15 +139,12 @@ def recompute(
         say("memory", "no recomputation (this model's layers are not known)")
         return "none"
     if asked is None:
-        found = over_ranks((measure(model, run), free_bytes(device) - _still_to_come(model)))
-        free = max(0, min(free for _, free in found))
-        ladders = [ladder(activations, device.type == "cuda") for activations, _ in found]
-        chosen = max(ladders, key=lambda rungs: rungs[0].needed)
-        rung, words = choose_rung(chosen, free, len(found[0][0].kept))
-        mode, count = rung.mode, rung.recomputed
+        found = over_ranks((_measure(model, run), free_bytes(device) - bytes_of_first_step(model)))
+        mode, count, words = _choose(found, len(layers), device)
     else:
-        mode = "offload" if asked == "offload" and device.type == "cuda" else _asked_mode(asked)
-        count = {"none": 0, "selective": -(-len(layers) // 2)}.get(mode, len(layers))
+        mode = "offload" if asked == "offload" and device.type == "cuda" else _asked_mode(asked, len(layers))
+        some = -(-len(layers) // 2) if asked == "selective" else int(asked) if mode == "selective" else 0
+        count = {"none": 0, "selective": some}.get(mode, len(layers))
         words = f"{in_words(mode, count, len(layers))} (asked for)"
         if asked == "offload" and mode == "full":
             words = f"{in_words(mode, count, len(layers))} (offload has nothing to do on the CPU)"
@@ -150,24 +153,68 @@ def recompute(
     return mode
 
 
-def _asked_mode(asked: bool | str) -> Mode:
-    return "none" if not asked else "selective" if asked == "selective" else "full"
+def _measure(model: Any, run: Callable[[], Tensor]) -> Activations | None:
+    try:
+        return measure(model, run)
+    except torch.OutOfMemoryError:
+        pass
+    let_go(model.device)
+    return None
 
 
-def _still_to_come(model: nn.Module) -> int:
+def _choose(found: Sequence[Measured], layers: int, device: torch.device) -> tuple[Mode, int, str]:
+    """What was measured in all processes → what is done, in how many of the layers, and why."""
+    measured = [activations for activations, _ in found if activations is not None]
+    if len(measured) < len(found):
+        why = "the forward pass of the largest micro-batch is out of memory already"
+        return "full", layers, f"{in_words('full', layers, layers)} ({why})"
+    free = max(0, min(free for _, free in found))
+    ladders = [ladder(activations, device.type == "cuda") for activations in measured]
+    chosen = max(ladders, key=lambda rungs: rungs[0].needed)
+    rung, words = choose_rung(chosen, free, len(measured[0].kept))
+    return rung.mode, rung.recomputed, words
+
+
+def _asked_mode(asked: bool | int | str, layers: int) -> Mode:
+    if not asked or isinstance(asked, str):
+        return "selective" if asked == "selective" else "full" if asked else "none"
+    return "selective" if asked is not True and asked < layers else "full"
+
+
+def bytes_of_first_step(model: nn.Module) -> int:
+    """What comes with the first step and stays: gradients and moments."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return BYTES_OF_A_TRAINED_WEIGHT * trained
 
 
 def largest_batch(lengths: Lengths, batching: Batching) -> list[int]:
     """The examples of that micro-batch of the first epoch in which most tokens are computed, padding included."""
+    return largest_of(plan_batches(lengths, batching), lengths)
+
+
+def largest_of(plan: BatchPlan, lengths: Lengths) -> list[int]:
+    """The same of another epoch."""
 
     def computed(batch: Sequence[int]) -> int:
-        sizes = [int(lengths[index]) for index in batch]
-        end_to_end = batching.packing or batching.one_row
-        return sum(sizes) if end_to_end else len(sizes) * max(sizes, default=0)
+        return computed_tokens([int(lengths[index]) for index in batch], plan.batching)
 
-    return max(plan_batches(lengths, batching).batches, key=computed)
+    return max(plan.batches, key=computed)
+
+
+def recompute_all(model: nn.Module, swaps: Swaps) -> bool:
+    """From now on all layers are recomputed, as `switch_on` does it. False: they were already, or are not known."""
+    left = [layer for layer in layers_of(model) if not isinstance(layer.forward, _Recomputed)]
+    switch_on(left, swaps)
+    return bool(left)
+
+
+def setting_of(model: nn.Module) -> bool | int | str:
+    """What is recomputed now, as `gradient_checkpointing` says it."""
+    layers = layers_of(model)
+    found = [layer.forward for layer in layers if isinstance(layer.forward, _Recomputed)]
+    if any(forward.away is not nullcontext for forward in found):
+        return "offload"
+    return {0: False, len(layers): bool(layers)}.get(len(found), len(found))
 
 
 def switch_on(layers: Sequence[nn.Module], swaps: Swaps, host: "HostCopies | None" = None) -> None:
@@ -182,17 +229,20 @@ def switch_on(layers: Sequence[nn.Module], swaps: Swaps, host: "HostCopies | Non
     for number, layer in enumerate(layers):
         # The last one's input is needed again at once.
         away = host.keeping(number) if host is not None and number < len(layers) - 1 else nullcontext
-        swaps.forward(layer, _recomputed(layer, layer.forward, away))
+        swaps.forward(layer, _Recomputed(layer, layer.forward, away))
 
 
-def _recomputed(
-    layer: nn.Module, before: Callable[..., Any], away: Callable[[], AbstractContextManager[Any]]
-) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not (layer.training and torch.is_grad_enabled()):
-            return before(*args, **kwargs)
-        hidden, run = input_apart(before, args, kwargs)
-        with away():
+@dataclass(eq=False)
+class _Recomputed:
+    """A layer's forward, of which the backward pass keeps the input alone."""
+
+    layer: nn.Module
+    before: Callable[..., Any]
+    away: Callable[[], AbstractContextManager[Any]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.layer.training and torch.is_grad_enabled()):
+            return self.before(*args, **kwargs)
+        hidden, run = input_apart(self.before, args, kwargs)
+        with self.away():
             return checkpoint(run, hidden, use_reentrant=False)
-
-    return forward

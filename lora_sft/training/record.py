@@ -23,7 +23,7 @@ MAY_DIFFER = frozenset(
     {"output_dir", "resume_from_checkpoint", "resume_with_changed", "logging_steps", "report_to", "export_to"}
     | {"save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size"}
     | {"on_bad_row", "max_lost_share", "allow", "data_cache", "dataset_num_proc", "trust_remote_code"}
-    | {"stop_when_diverging", "gradient_checkpointing"}
+    | {"stop_when_diverging", "gradient_checkpointing", "preflight"}
 )
 """Settings that a resumed run may change without going another way."""
 
@@ -121,6 +121,7 @@ def as_resolved(job: Job) -> RunConfig:
         "device": job.spec.device.partition(":")[0],
         "resume_from_checkpoint": "auto",
         "resume_with_changed": [],
+        "auto": False,
         "dataset": _from_anywhere(job.config.dataset),
         "eval_dataset": _from_anywhere(job.config.eval_dataset),
     }

@@ -54,6 +54,7 @@ class Failure:
         vocabulary_size: rows of the embeddings that the tokenizer needs.
         device: where it ran.
         other: what of the micro-batch is not a tensor.
+        was_run_again: whether there was memory for that.
     """
 
     kind: str
@@ -72,12 +73,15 @@ class Failure:
     vocabulary_size: int
     device: str
     other: dict[str, Any]
+    was_run_again: bool = True
 
     def in_words(self) -> str:
         """Where it is: rows and module."""
         sources = [row["source"] or f"example {row['example']}" for row in self.rows]
         some = ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if len(sources) > 4 else "")
-        if self.first is None:
+        if not self.was_run_again:
+            seen = "; there was no memory to run it again as a whole"
+        elif self.first is None:
             seen = "" if self.kind in ("weights", "diverged") else "; run again, it gave none: look at the hardware too"
         else:
             what = {"forward": "the output", "backward": "the gradient of the output", "gradient": "the gradient"}
@@ -126,6 +130,7 @@ def describe(
         vocabulary_size=vocabulary_size,
         device=device,
         other={name: value for name, value in batch.inputs.items() if not isinstance(value, Tensor)},
+        was_run_again=bool(looks),
     )
 
 

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lora_sft.kernels.swap import Swaps
 from lora_sft.model.adapter import train_in
 from lora_sft.model.tokenizer import Speech
 from lora_sft.training.batching import Batching, Lengths
-from lora_sft.training.evaluation import sum_up
+from lora_sft.training.evaluation import Sums, sum_up
 from lora_sft.training.guarding import TOKENS, Guarding
 from lora_sft.training.isolation import settle
 from lora_sft.training.loader import Collator, MicroBatches, MicroBatchLoader, Rows
@@ -31,6 +30,7 @@ from lora_sft.training.loss import forward_loss
 from lora_sft.training.progress import Listener, Reporter
 from lora_sft.training.recompute import largest_batch, recompute
 from lora_sft.training.resuming import Resuming
+from lora_sft.training.splitting import Splitting
 from lora_sft.training.tally import Seen, Tally
 
 # transformers 5.23 renamed the argument and warns at the old name; remove the choice when transformers >= 6.
@@ -41,7 +41,7 @@ _CHECKPOINTING = (
 )
 
 
-class Trainer(Guarding, Resuming, SFTTrainer):
+class Trainer(Guarding, Splitting, Resuming, SFTTrainer):
     """TRL's trainer with our batches and loss, exact means over tokens, float32 adapters, and no telemetry."""
 
     # `compute_loss` divides by the supervised tokens of the whole step, so nothing is left to scale.
@@ -92,18 +92,23 @@ class Trainer(Guarding, Resuming, SFTTrainer):
         accelerate does not wrap it: its sharding of batches repeats rows to make them even, and loses the epoch in a
         resumed run. transformers moves the tensors to the device.
         """
-        # `_train_batch_size` is smaller than the setting where auto_find_batch_size has halved it.
-        batching = replace(self._batching, micro_batch=self._train_batch_size)
         workers = self.args.dataloader_num_workers
         return MicroBatchLoader(
             Rows(self._examples),  # type: ignore[arg-type]
-            batch_sampler=MicroBatches(self._lengths, batching, self.args.process_index),
-            collate_fn=Collator(batching, self.processing_class.pad_token_id),
+            batch_sampler=MicroBatches(self._lengths, self.batching_now, self.args.process_index),
+            collate_fn=self._collator(),
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def _collator(self) -> Collator:
+        return Collator(self.batching_now, self.processing_class.pad_token_id)
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Examples → the tensors of a micro-batch."""
+        return self._collator()(examples)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer of the settings; with LoRA+ the B matrices have a learning rate of their own."""
@@ -140,7 +145,7 @@ class Trainer(Guarding, Resuming, SFTTrainer):
             value = value * self.accelerator.num_processes
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            value = value + self.router_aux_loss_coef * output.aux_loss / steps  # type: ignore[attr-defined]
+            value = value + self.router_aux_loss_coef * output.aux_loss * self.share / steps  # type: ignore[attr-defined]
         if self.watch is not None:
             of_step = 1 if num_items_in_batch is None else num_items_in_batch
             self.watch.add(value, loss.value * of_step / loss.tokens.clamp(min=1))
@@ -184,11 +189,11 @@ class Trainer(Guarding, Resuming, SFTTrainer):
 
     def totals(self) -> dict[str, Any]:
         """What was counted so far: the whole run, and this process since the last log."""
-        return {"seen": list(self.seen), "tally": vars(self._tally)}
+        return {"seen": list(self.seen), "tally": vars(self._tally), "split": self.split_micro_batches}
 
     def take_totals(self, totals: dict[str, Any]) -> None:
         """Goes on counting from `totals`."""
-        self.seen = Seen(*totals["seen"])
+        self.seen, self.split_micro_batches = Seen(*totals["seen"]), totals.get("split", 0)
         self._tally = Tally()
         for name, value in totals["tally"].items():
             setattr(self._tally, name, value.to(self.args.device) if isinstance(value, Tensor) else value)
@@ -200,16 +205,35 @@ class Trainer(Guarding, Resuming, SFTTrainer):
 
         transformers' own weighs a short row like a long one, and with several processes counts some rows twice.
         """
-        mine = range(self.accelerator.process_index, len(self._eval_examples), self.accelerator.num_processes)
-        pad_token_id, size = self.processing_class.pad_token_id, self.args.per_device_eval_batch_size
-        with self.compute_loss_context_manager():
-            sums = sum_up(self.model, self._eval_examples, pad_token_id, size, mine)
-        nll, correct, tokens = self._over_all_ranks(*sums)
+        nll, correct, tokens = self._over_all_ranks(*self._sum_up(self._mine_of_evaluation()))
         metrics = {
             f"{metric_key_prefix}_loss": nll / max(tokens, 1),
             f"{metric_key_prefix}_mean_token_accuracy": correct / max(tokens, 1),
         }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self._eval_examples))
+
+    def _mine_of_evaluation(self) -> Sequence[int]:
+        """The rows that this process evaluates on."""
+        return range(self.accelerator.process_index, len(self._eval_examples), self.accelerator.num_processes)
+
+    def _sum_up(self, rows: Sequence[int]) -> Sums:
+        """Sums over rows of the evaluation data; a batch size that is found too large is smaller from then on."""
+
+        def shrink(size: int) -> None:
+            self.args.per_device_eval_batch_size = size
+
+        pad_token_id, size = self.processing_class.pad_token_id, self.args.per_device_eval_batch_size
+        with self.compute_loss_context_manager():
+            return sum_up(self.model, self._eval_examples, pad_token_id, size, rows, shrink)
+
+    def try_evaluation(self) -> None:
+        """Runs the largest evaluation batch, if there will be an evaluation."""
+        rows, size = self._mine_of_evaluation(), self.args.per_device_eval_batch_size
+        if not rows or self.args.eval_strategy == "no":
+            return
+        lengths = [len(example.input_ids) for example in Rows(self._eval_examples)]
+        some = (rows[start : start + size] for start in range(0, len(rows), size))
+        self._sum_up(max(some, key=lambda batch: len(batch) * max(lengths[row] for row in batch)))
 
 
 def build_trainer(
@@ -260,9 +284,8 @@ def build_trainer(
 
     def run_largest() -> Tensor:
         rows = largest_batch(trainer._lengths, batching)
-        collate = Collator(batching, trainer.processing_class.pad_token_id)
         with _arithmetic(model, arguments):
-            return trainer.loss_of(collate([examples[index] for index in rows]), None)
+            return trainer.loss_of(trainer.collate([examples[index] for index in rows]), None)
 
     recompute(model, config.gradient_checkpointing, run_largest, swaps, lambda here: gather_object([here]))
     return trainer

@@ -224,10 +224,13 @@ class Watch(TrainerCallback):
         model: what is trained, without wrappers of several processes.
         vocabulary_size: of the model.
         on_diverging: whether the two rules end the run; NaN and Inf always do.
-        loss_of: (inputs, token count) → loss of a micro-batch with its gradient, as in training.
+        loss_of: (micro-batch, token count) → its loss, as in training.
         over_all: sums of this process → sums of all processes.
         scale: of the gradients in float16 arithmetic, None in any other.
         fail: what to do about a fault; it raises.
+
+    Attributes:
+        batches: the micro-batches of the running step so far.
     """
 
     def __init__(
@@ -235,14 +238,14 @@ class Watch(TrainerCallback):
         model: Any,
         vocabulary_size: int,
         on_diverging: bool,
-        loss_of: Callable[[Mapping[str, Any], Any], Tensor],
+        loss_of: Callable[[MicroBatch, Any], Tensor],
         over_all: Callable[..., Sequence[float]],
         scale: Callable[[], float | None],
         fail: Callable[[Fault, Sequence[MicroBatch]], None],
     ) -> None:
         self.model, self.vocabulary_size, self.on_diverging = model, vocabulary_size, on_diverging
         self.loss_of, self.over_all, self.scale, self.fail = loss_of, over_all, scale, fail
-        self._batches: list[MicroBatch] = []
+        self.batches: list[MicroBatch] = []
         self._losses: list[Tensor] = []
         self._own: Tensor | None = None
         self._growth: Growth | None = None
@@ -254,7 +257,7 @@ class Watch(TrainerCallback):
     def keep(self, step: int, inputs: Mapping[str, Any], token_count: Any) -> None:
         """Called before a micro-batch is run, with the number of steps that were taken."""
         random = random_state(self.model.device)
-        self._batches.append(MicroBatch(step, len(self._batches), inputs, token_count, random))
+        self.batches.append(MicroBatch(step, len(self.batches), inputs, token_count, random))
 
     def add(self, loss: Tensor, own_mean: Tensor | None = None) -> None:
         """Called with the loss of that micro-batch; waits for nothing.
@@ -267,6 +270,16 @@ class Watch(TrainerCallback):
         if not self._losses:
             self._own = None if own_mean is None else own_mean.detach()
         self._losses.append(loss.detach())
+
+    def join(self, parts: int) -> None:
+        """The last losses that were added, so many, are those of the parts of one micro-batch."""
+        if parts == len(self._losses):
+            self._own = None
+        self._losses[-parts:] = [torch.stack(self._losses[-parts:]).sum()]
+
+    def begin_again(self) -> None:
+        """Forgets the losses of the running step: its micro-batches are computed once more."""
+        self._losses, self._own = [], None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -282,7 +295,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forgets the last step."""
-        self._batches, self._losses, self._own = [], [], None
+        self.batches, self._losses, self._own = [], [], None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -317,7 +330,7 @@ class Watch(TrainerCallback):
     ) -> None:
         """What is saved as the result is looked at too, and nothing is kept any longer."""
         self._check_adapter(state.global_step)
-        self._batches, self._losses, self._first, self._growth, self._grown = [], [], None, None, None
+        self.batches, self._losses, self._first, self._growth, self._grown = [], [], None, None, None
 
     def _check_numbers(self, losses: Sequence[float], norm: float, step: int) -> None:
         """NaN or Inf ends the run, in all processes at the same step."""
@@ -330,16 +343,16 @@ class Watch(TrainerCallback):
         if wrong_anywhere:
             loss = losses[wrong[0]] if wrong else math.nan
             words = f"the loss of step {step} is {_in_words(loss)}"
-            self.fail(Fault("loss", words, wrong[0] if wrong else None), self._batches)
+            self.fail(Fault("loss", words, wrong[0] if wrong else None), self.batches)
         if gradients_wrong_anywhere:
             words = f"the gradients of step {step} are {_in_words(norm)}, though its loss is a number"
-            self.fail(Fault("gradient", words), self._batches)
+            self.fail(Fault("gradient", words), self.batches)
 
     def _check_loss(self, here: float, step: int) -> None:
         total, processes = self.over_all(here, 1.0)
         loss = total / processes
         if self._first is None:
-            self._first, self._first_loss = self._batches[0], loss
+            self._first, self._first_loss = self.batches[0], loss
             self._own_loss = self._probe(self._first) if self._own is None else float(self._own)
         elif loss > lost_from(self._first_loss, self.vocabulary_size):
             self._check_lost(step)
@@ -364,15 +377,15 @@ class Watch(TrainerCallback):
             words = (
                 f"after step {step} the adapter's update is {half:,.0f} times as large as the matrices that it adds to"
             )
-            self.fail(Fault("diverged", words), self._batches)
+            self.fail(Fault("diverged", words), self.batches)
 
     def _check_adapter(self, step: int) -> None:
         """Before anything is written: the weights after the last update, and what the model says with them."""
-        if step == self._sound_at or (self._first is None and not self._batches):
+        if step == self._sound_at or (self._first is None and not self.batches):
             return
         if names := bad_weights(self.model, trained_only=True):
             self.fail(
-                Fault("weights", f"after step {step}: {_weights_in_words(names)}", weights=tuple(names)), self._batches
+                Fault("weights", f"after step {step}: {_weights_in_words(names)}", weights=tuple(names)), self.batches
             )
         if self.on_diverging:
             self._check_lost(step)
@@ -386,7 +399,7 @@ class Watch(TrainerCallback):
         before = random_state(self.model.device)
         set_random_state(batch.random, self.model.device)
         try:
-            return float(self.loss_of(batch.inputs, None))
+            return float(self.loss_of(batch, None))
         finally:
             set_random_state(before, self.model.device)
 

@@ -63,7 +63,7 @@ def test_the_model_is_left_as_it_was(capfd):
     model.train()
     before = torch.get_rng_state()
     with Swaps() as swaps:
-        batching = quickened(model, swaps)
+        batching = quickened(model, swaps).batching
     assert batching.one_row
     assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -96,7 +96,7 @@ def test_a_wrong_part_is_found_and_all_are_taken_out(mistake, autocast, monkeypa
     monkeypatch.setattr(projection, "lora_projections", a_projection_that_forgets(mistake))
     model = adapted()
     with Swaps() as swaps:
-        batching = quicken(model, EXAMPLES, 0, lambda: settle(BATCHING, model), swaps, autocast)
+        batching = quicken(model, EXAMPLES, 0, lambda: settle(BATCHING, model), swaps, autocast).batching
         assert not forwards(model)
     assert not batching.one_row  # without attention by document, rows are padded
     assert "the fast parts are off: a step with them differs" in capfd.readouterr().err
@@ -114,7 +114,7 @@ def test_attention_that_sees_the_neighbour_is_not_used(monkeypatch, capfd):
     monkeypatch.setattr("lora_sft.kernels.attention._one_after_another", leaking)
     model = adapted()
     with Swaps() as swaps:
-        assert not quickened(model, swaps).one_row
+        assert not quickened(model, swaps).batching.one_row
         assert forwards(model)
 
 
@@ -128,11 +128,11 @@ def test_what_could_not_be_used_is_named(capfd):
 
 def test_the_rows_of_the_proof_hold_supervised_tokens_and_are_short():
     late = Example(list(range(1000)), [IGNORED] * 900 + list(range(900, 1000)))
-    short = fast._short(late)
+    short = fast.shortened(late, TOKENS)
     assert len(short.input_ids) == TOKENS == len(short.labels)
     assert short.labels[TOKENS // 2] == 900
-    assert fast._short(EXAMPLES[0]) == EXAMPLES[0]
-    assert ROWS * TOKENS <= 256
+    assert fast.shortened(EXAMPLES[0], TOKENS) == EXAMPLES[0]
+    assert ROWS * TOKENS <= 128
 
 
 def test_a_gradient_that_is_missing_or_no_number_is_no_rounding():

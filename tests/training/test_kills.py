@@ -30,6 +30,7 @@ RUN = FEW | {
     "logging_steps": 3,
     "save_strategy": "steps",
     "save_steps": 2,
+    "preflight": False,  # the micro-batches are counted
 }
 PRECISION = {"float32": {"load_in_4bit": False}, "bf16": {"load_in_4bit": False, "bf16": True}, "nf4": {}}
 PACKED = {"packing": True, "max_length": 256, "per_device_train_batch_size": 1}

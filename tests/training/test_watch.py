@@ -31,6 +31,8 @@ RUN = FEW | {
     "save_total_limit": 1,
 }
 """28 rows: 7 micro-batches an epoch, so that steps have 3, 3, 1 and 3 of them."""
+COUNTED = RUN | {"preflight": False}
+"""Its micro-batches are counted."""
 STEP_OF = (1, 1, 1, 2, 2, 2, 3, 4, 4, 4)
 
 
@@ -203,7 +205,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_its_step(base, clean, tmp_path
     ran = spoil_loss(monkeypatch, micro_batch, value)
     step = STEP_OF[micro_batch]
     with pytest.raises(RunError, match=f"the loss of step {step} is (NaN|infinite)"):
-        finetune(base, HARBOUR, output_dir=tmp_path / "run", **RUN)
+        finetune(base, HARBOUR, output_dir=tmp_path / "run", **COUNTED)
     check_stopped(tmp_path / "run", clean, step, "loss")
     # The micro-batch that is kept is the one that was spoilt, and its rows are those with its tokens.
     kept = load_file(tmp_path / "run/failure/batch.safetensors")
@@ -220,7 +222,7 @@ def test_a_gradient_that_is_no_number_is_never_stepped(
 ):
     spoil_gradient(monkeypatch, micro_batch, value)
     step = STEP_OF[micro_batch]
-    settings = RUN | {"max_grad_norm": max_grad_norm}
+    settings = COUNTED | {"max_grad_norm": max_grad_norm}
     with pytest.raises(RunError, match=f"the gradients of step {step} are (NaN|infinite), though its loss is a number"):
         finetune(base, HARBOUR, output_dir=tmp_path / "run", **settings)
     if max_grad_norm or step == 1:  # without clipping the clean run is another
@@ -251,7 +253,7 @@ def test_a_number_that_is_none_stops_the_run_and_it_can_go_on_to_the_same_result
     with monkeypatch.context() as patch:
         spoiling(patch, 7, math.nan)
         with pytest.raises(RunError, match="look at the hardware too"):
-            finetune(base, HARBOUR, output_dir=tmp_path / "run", **RUN)
+            finetune(base, HARBOUR, output_dir=tmp_path / "run", **COUNTED)
     check_stopped(tmp_path / "run", clean, 4, "loss" if spoiling is spoil_loss else "gradient")
     run = finetune(base, HARBOUR, output_dir=tmp_path / "run", **RUN | {"resume_from_checkpoint": True})
     assert (run.output_dir / "adapter_model.safetensors").read_bytes() == (
@@ -263,7 +265,7 @@ def test_a_number_that_is_none_stops_the_run_and_it_can_go_on_to_the_same_result
 def test_rows_are_named_in_a_packed_micro_batch_too(base, tmp_path, monkeypatch, packing):
     ran = spoil_loss(monkeypatch, 4, math.nan)
     with pytest.raises(RunError):
-        finetune(base, HARBOUR, output_dir=tmp_path / "run", **RUN | {"packing": packing, "max_length": 256})
+        finetune(base, HARBOUR, output_dir=tmp_path / "run", **COUNTED | {"packing": packing, "max_length": 256})
     kept = load_file(tmp_path / "run/failure/batch.safetensors")
     assert torch.equal(kept["input_ids"], ran[0])
     check_rows(tmp_path / "run", base, kept)
@@ -284,7 +286,7 @@ def test_a_folder_of_somebody_else_is_not_overwritten(base, tmp_path, monkeypatc
 
     spoil_loss(monkeypatch, 0, math.nan)
     with pytest.raises(RunError, match="the loss of step 1 is NaN"):
-        finetune(base, HARBOUR, output_dir=tmp_path / "run", **RUN | {"listeners": [Mine()]})
+        finetune(base, HARBOUR, output_dir=tmp_path / "run", **COUNTED | {"listeners": [Mine()]})
     assert [one.name for one in (tmp_path / "run/failure").iterdir()] == ["thesis.txt"]
     assert "failure: cannot be written: it holds something else" in capsys.readouterr().err
 
