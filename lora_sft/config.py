@@ -397,8 +397,8 @@ class OutputSettings(Section):
     )
     resume_from_checkpoint: Resume = setting(
         "auto",
-        "With auto a run that was broken off in output_dir goes on, and one that is finished is left alone. true: there "
-        "has to be one. A checkpoint folder: from that one. false: output_dir has to be empty.",
+        "With auto a run that was broken off in output_dir goes on, and one that is finished is left alone. true: "
+        "there has to be one. A checkpoint folder: from that one. false: output_dir has to be empty.",
         also=("resume", "resume_adapter_file"),
     )
     resume_with_changed: Names = setting(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
+from lora_sft.model.outline import outline
 from lora_sft.planning.account import Peak
 from lora_sft.planning.devices import Device
 from lora_sft.planning.formula import estimate
@@ -126,49 +127,65 @@ def make_plan(
         ladder: what was looked at before.
     """
     config, usable = blueprint.config, usable_bytes(device)
-    notes: list[str] = []
-    try:
-        subject = subject_of(blueprint, device)
-        batching = batching_of(blueprint, subject.one_row)
-        batch, evaluation = work.largest(batching), _evaluation(blueprint, work)
-        asked = asked_recompute(blueprint, device)
-        how = asked or Recompute()
-        trial = try_step(blueprint, device, batch, how, evaluation, subject)
-        if asked is None and trial.peak.needed > usable:
-            subjects = {blueprint.layers: subject}
-            least = Slopes(blueprint, device, batch, evaluation, subjects).least(usable)
-            how = least or Recompute(blueprint.layers)
-            trial = try_step(blueprint, device, batch, how, evaluation, subject)
-            while trial.peak.needed > usable and how.layers < blueprint.layers:
-                how = Recompute(how.layers + 1)
-                trial = try_step(blueprint, device, batch, how, evaluation, subject)
-        notes += _about_batches(subject.one_row, config.packing)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        batching, how = batching_of(blueprint, False), asked_recompute(blueprint, device) or Recompute(blueprint.layers)
-        batch = work.largest(batching)
-        trial = estimate(blueprint, device, batch, how)
-        words = str(error).partition("\n")[0][:200]
-        notes.append(f"this model cannot be simulated ({type(error).__name__}: {words}); a formula was used instead")
-    certainty = "uncertain" if notes and "cannot be simulated" in notes[-1] else "simulated"
+    look = _look(blueprint, work, device, usable)
     doubts = [*_doubts(blueprint), *_unknown_versions()]
-    plan = work.plan(batching)
+    plan = work.plan(look.batching)
     per_epoch = plan.steps_of_an_epoch(config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    seconds = seconds_of_step(look.trial, mean_tokens(plan), config.gradient_accumulation_steps)
     return Plan(
         device,
-        trial.peak.needed <= usable,
-        trial.peak,
-        _settings(blueprint, batching, how),
+        look.trial.peak.needed <= usable,
+        look.trial.peak,
+        _settings(blueprint, look.batching, look.how),
         steps,
         per_epoch,
-        seconds_of_step(trial, mean_tokens(plan), config.gradient_accumulation_steps) * (measured or 1.0),
+        seconds * (measured or 1.0),
         UNSURE if measured is None else UNSURE_MEASURED,
-        "uncertain" if doubts else certainty,
-        disk_bytes(blueprint, trial),
-        trial.host_bytes,
+        "simulated" if look.is_simulated and not doubts else "uncertain",
+        disk_bytes(blueprint, look.trial),
+        look.trial.host_bytes,
         ladder,
-        [work.described, *notes, *doubts, *_about_device(device, measured), *_about_settings(blueprint)],
+        [work.described, *look.notes, *doubts, *_about_device(device, measured), *_about_settings(blueprint)],
     )
+
+
+class _Look(NamedTuple):
+    """A step that was looked at, how it was made, and what is to be said of it."""
+
+    trial: Trial
+    batching: Batching
+    how: Recompute
+    is_simulated: bool
+    notes: list[str]
+
+
+def _look(plan: Blueprint, work: Workload, device: Device, usable: int) -> _Look:
+    """A step by simulation; by a formula where the model's code asks for what only its weights can answer."""
+    try:
+        return _simulated(plan, work, device, usable)
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        batching, how = batching_of(plan, False), asked_recompute(plan, device) or Recompute(plan.layers)
+        words = str(error).partition("\n")[0][:200]
+        note = f"this model cannot be simulated ({type(error).__name__}: {words}); a formula was used instead"
+        return _Look(estimate(plan, device, work.largest(batching), how), batching, how, False, [note])
+
+
+def _simulated(plan: Blueprint, work: Workload, device: Device, usable: int) -> _Look:
+    subject = subject_of(plan, device)
+    batching = batching_of(plan, subject.one_row)
+    batch, evaluation = work.largest(batching), _evaluation(plan, work)
+    asked = asked_recompute(plan, device)
+    how = asked or Recompute()
+    trial = try_step(plan, device, batch, how, evaluation, subject)
+    if asked is None and trial.peak.needed > usable:
+        least = Slopes(plan, device, batch, evaluation, {plan.layers: subject}).least(usable)
+        how = least or Recompute(plan.layers)
+        trial = try_step(plan, device, batch, how, evaluation, subject)
+        while trial.peak.needed > usable and how.layers < plan.layers:
+            how = Recompute(how.layers + 1)
+            trial = try_step(plan, device, batch, how, evaluation, subject)
+    return _Look(trial, batching, how, True, _about_batches(subject.one_row, plan.config.packing))
 
 
 def usable_bytes(device: Device) -> int:
@@ -193,8 +210,6 @@ def disk_bytes(plan: Blueprint, trial: Trial) -> dict[str, int]:
     config, adapter = plan.config, trial.peak.parts.get("adapter", 0)
     kept = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
     whole = replace(plan.spec, quantization=None, double_quant=False)
-    from lora_sft.model.outline import outline
-
     merged = sum(one.numel() * one.element_size() for one in outline(plan.shape, whole).parameters())
     return {"adapter and checkpoints": adapter * (1 + 3 * kept), "merged model": merged}
 

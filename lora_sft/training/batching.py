@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lora_sft.chat import IGNORED
 from lora_sft.chat.labels import Example
+from lora_sft.training.difference import Difference
 
 if TYPE_CHECKING:
     from lora_sft.config import RunConfig
-    from lora_sft.training.isolation import Difference
 
 Order = Literal["random", "sequential", "group_by_length"]
 Lengths = Sequence[int] | NDArray[np.integer[Any]]
@@ -61,7 +61,7 @@ class Batching:
     order: Order = "group_by_length"
     seed: int = 42
     ranks: int = 1
-    apart: "Difference | None" = field(default=None, compare=False)
+    apart: Difference | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, config: "RunConfig", ranks: int = 1) -> "Batching":

@@ -17,6 +17,7 @@ from lora_sft.console import warn
 from lora_sft.kernels.attention import documents, takes_documents
 from lora_sft.kernels.swap import left_as_it_was
 from lora_sft.training.batching import Batching, lay_end_to_end, lay_in_rows
+from lora_sft.training.difference import Difference
 from lora_sft.training.evaluation import pad
 from lora_sft.training.loss import inputs_of
 
@@ -33,21 +34,6 @@ shape, which mostly agree to the bit, and between two of different shapes."""
 
 class RefusedError(Exception):
     """The model's code raised something at a packed row."""
-
-
-class Difference(NamedTuple):
-    """The largest difference between two sets of logits, and what of it can be rounding."""
-
-    found: float
-    allowed: float
-
-    @property
-    def is_real(self) -> bool:
-        """Whether it is more than rounding; also if it is no number."""
-        return not self.found <= self.allowed
-
-    def __str__(self) -> str:
-        return f"{self.found:.2g} (rounding: {self.allowed:.1g})"
 
 
 class Probe(NamedTuple):
