@@ -67,7 +67,7 @@ def simulate(
         switch_on(layers_of(model)[:recomputed], swaps, _NowhereCopies() if offload else None)
         for mode in (standing_for(device.stand_in), ways, found, _loss_is_told_apart(model, found)):
             within.enter_context(mode)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_16_bits)
+        autocast = torch.autocast("cpu", dtype if in_16_bits else torch.bfloat16, enabled=in_16_bits)
         _hold_model(model, found)
         trained = [one for one in model.parameters() if one.requires_grad]
         optimizer.begin(trained, found)
@@ -86,7 +86,7 @@ def simulate(
         if evaluation is not None:
             found.phase = "evaluation"
             model.eval()
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast, _outputs_in_float32(model):
                 forward_loss(model, _moved(evaluation))
     return found
 
@@ -96,7 +96,7 @@ def _run(model: Any, batch: Batch, found: Simulation, ways: Ways, autocast: Any,
     found.phase = "batch"
     moved = _moved(batch)
     found.phase = "forward"
-    with autocast, _outputs_in_float32(model, autocast.fast_dtype if torch.is_autocast_enabled("cpu") else None):
+    with autocast, _outputs_in_float32(model):
         loss, output = forward_loss(model, moved, len(moved["places"]), label_smoothing)
     value = loss.value
     del moved, loss, output
@@ -111,10 +111,10 @@ def _moved(batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def _outputs_in_float32(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
+def _outputs_in_float32(model: Any) -> Iterator[None]:
     """Under autocast accelerate casts what a model gives back, such as logits, to float32."""
     with Swaps() as swaps:
-        if dtype is not None:
+        if torch.is_autocast_enabled("cpu"):
             swaps.forward(model, convert_outputs_to_fp32(model.forward))
         yield
 

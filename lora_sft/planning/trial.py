@@ -12,7 +12,6 @@ from lora_sft.planning.pace import Pace, pace_of
 from lora_sft.planning.step import Batch, simulate
 from lora_sft.planning.subject import Blueprint, Subject, subject_of
 from lora_sft.planning.workload import computed_tokens
-from lora_sft.training.recompute import Mode, in_words
 
 UNUSED = 1.03
 """Reserved over allocated bytes, where only shallow models were simulated: their gaps are not those of a deep one."""
@@ -30,11 +29,6 @@ class Recompute:
         if self.offload:
             return "offload"
         return {0: False, of: True}.get(self.layers, self.layers)
-
-    def words(self, of: int) -> str:
-        """For a person."""
-        mode: Mode = "offload" if self.offload else "none" if not self.layers else "full"
-        return in_words("selective" if 0 < self.layers < of else mode, self.layers, of)
 
 
 class Trial(NamedTuple):

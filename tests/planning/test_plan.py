@@ -142,6 +142,14 @@ def test_what_cannot_be_simulated_is_told_by_a_formula_and_called_uncertain(monk
     assert plan.peak.allocated == pytest.approx(exact.peak.allocated, rel=0.6)
 
 
+def test_a_card_without_bfloat16_is_planned_in_float16_without_casts_of_the_base():
+    shape, sizes = small(2).shape, {}
+    for dtype in ("float16", "bfloat16"):
+        blueprint = Blueprint(shape, replace(SPEC, dtype=dtype), RunConfig())
+        sizes[dtype] = make_plan(blueprint, Workload.of_lengths([256] * 4, 256), find_device("t4")).peak
+    assert sizes["float16"] == sizes["bfloat16"]
+
+
 def test_other_versions_are_uncertain(monkeypatch):
     monkeypatch.setattr("lora_sft.planning.plan.CHECKED_WITH", {"torch": "1.0"})
     plan = make_plan(small(), Workload.of_lengths(None, 128), card(8192))
