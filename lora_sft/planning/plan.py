@@ -21,6 +21,9 @@ from lora_sft.training.batching import Batching
 CHECKED_WITH = {"torch": "2.13", "transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.50"}
 """Versions whose ways of computing were compared with the allocator's record."""
 
+CANNOT = (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+"""What a model's code may raise on tensors without storage."""
+
 MARGIN = 0.02
 """Of the memory of a GPU, kept free in the verdict: no plan for CUDA was checked on a device yet."""
 
@@ -164,7 +167,7 @@ def _look(plan: Blueprint, work: Workload, device: Device, usable: int) -> _Look
     """A step by simulation; by a formula where the model's code asks for what only its weights can answer."""
     try:
         return _simulated(plan, work, device, usable)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except CANNOT as error:
         batching, how = batching_of(plan, False), asked_recompute(plan, device) or Recompute(plan.layers)
         words = str(error).partition("\n")[0][:200]
         note = f"this model cannot be simulated ({type(error).__name__}: {words}); a formula was used instead"
@@ -172,12 +175,19 @@ def _look(plan: Blueprint, work: Workload, device: Device, usable: int) -> _Look
 
 
 def _simulated(plan: Blueprint, work: Workload, device: Device, usable: int) -> _Look:
-    subject = subject_of(plan, device)
-    batching = batching_of(plan, subject.one_row)
-    batch, evaluation = work.largest(batching), _evaluation(plan, work)
+    subject, evaluation = subject_of(plan, device), _evaluation(plan, work)
     asked = asked_recompute(plan, device)
-    how = asked or Recompute()
-    trial = try_step(plan, device, batch, how, evaluation, subject)
+    how, one_row = asked or Recompute(), subject.one_row
+    batching = batching_of(plan, one_row)
+    batch = work.largest(batching)
+    try:
+        trial = try_step(plan, device, batch, how, evaluation, subject)
+    except CANNOT:
+        if not one_row:
+            raise
+        one_row, batching = False, batching_of(plan, False)  # such as recurrent layers that refuse packed rows
+        batch = work.largest(batching)
+        trial = try_step(plan, device, batch, how, evaluation, subject)
     if asked is None and trial.peak.needed > usable:
         least = Slopes(plan, device, batch, evaluation, {plan.layers: subject}).least(usable)
         how = least or Recompute(plan.layers)
@@ -185,7 +195,7 @@ def _simulated(plan: Blueprint, work: Workload, device: Device, usable: int) -> 
         while trial.peak.needed > usable and how.layers < plan.layers:
             how = Recompute(how.layers + 1)
             trial = try_step(plan, device, batch, how, evaluation, subject)
-    return _Look(trial, batching, how, True, _about_batches(subject.one_row, plan.config.packing))
+    return _Look(trial, batching, how, True, _about_batches(one_row, plan.config.packing))
 
 
 def usable_bytes(device: Device) -> int:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_sft.planning.devices import Device
-from lora_sft.planning.plan import Plan, Rung, asked_recompute, batching_of, make_plan, usable_bytes
+from lora_sft.planning.plan import CANNOT, Plan, Rung, asked_recompute, batching_of, make_plan, usable_bytes
 from lora_sft.planning.subject import Blueprint, Subject
 from lora_sft.planning.trial import Recompute, Slopes, lays_end_to_end
 from lora_sft.planning.workload import Workload, computed_tokens, mean_tokens
@@ -25,13 +25,10 @@ def choose_settings(blueprint: Blueprint, work: Workload, device: Device, measur
     Args:
         measured: as for `make_plan`.
     """
-    rungs: list[Rung] = []
-    one_row = lays_end_to_end(blueprint, device)
-    subjects: dict[int, Subject] = {}
-    for optim in _optimizers(blueprint, device):
-        rungs += _rungs(_with(blueprint, optim=optim), work, device, one_row, subjects)
-        if any(rung.fits for rung in rungs):
-            break
+    try:
+        rungs = _every_rung(blueprint, work, device)
+    except CANNOT:
+        return make_plan(blueprint, work, device, measured)  # which says why
     order = sorted(rungs, key=lambda rung: (not rung.fits, rung.seconds_per_step if rung.fits else rung.needed_bytes))
     for rung in order:
         chosen = _settings_of(blueprint, rung)
@@ -41,6 +38,18 @@ def choose_settings(blueprint: Blueprint, work: Workload, device: Device, measur
             return plan
         rungs[rungs.index(rung)] = rung._replace(fits=False, needed_bytes=plan.peak.needed)
     return make_plan(_settings_of(blueprint, order[-1]), work, device, measured, rungs)
+
+
+def _every_rung(blueprint: Blueprint, work: Workload, device: Device) -> list[Rung]:
+    """What there is to choose from."""
+    found: list[Rung] = []
+    one_row = lays_end_to_end(blueprint, device)
+    subjects: dict[int, Subject] = {}
+    for optim in _optimizers(blueprint, device):
+        found += _rungs(_with(blueprint, optim=optim), work, device, one_row, subjects)
+        if any(rung.fits for rung in found):
+            break
+    return found
 
 
 def _with(blueprint: Blueprint, **settings: Any) -> Blueprint:

@@ -54,9 +54,26 @@ def _product_in_8_bits(
     return rows.new_empty(*in_8_bits.shape[:-1], len(weight)), rows.new_empty(len(rows), 0)
 
 
+def _grouped_product(
+    rows: Tensor,
+    weights: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """torch's product of each group of rows with a matrix of its own; without storage it takes bfloat16 alone."""
+    shape: tuple[int, ...] = (*rows.shape[:-1], weights.shape[-1])
+    if rows.dim() == weights.dim() == 2 and offs is not None:
+        shape = (len(offs), rows.shape[0], weights.shape[1])
+    elif rows.dim() == 3 and weights.dim() == 2:
+        shape = (rows.shape[1], weights.shape[1])
+    return rows.new_empty(shape, dtype=out_dtype or rows.dtype)
+
+
 STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.ops.bitsandbytes.int8_vectorwise_quant.default: _rows_in_8_bits,
     torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: _product_in_8_bits,
+    _aten._grouped_mm.default: _grouped_product,
 }
 """Operations that have no form without storage, and one that has."""
 

@@ -14,7 +14,7 @@ from lora_sft.kernels.swap import Swaps
 from lora_sft.planning.devices import Device
 from lora_sft.planning.optimizer import Optimizer
 from lora_sft.planning.simulation import Simulation
-from lora_sft.planning.ways import Ways
+from lora_sft.planning.ways import Ways, autocast_without_storage
 from lora_sft.training.activations import layers_of
 from lora_sft.training.loss import base_of, forward_loss
 from lora_sft.training.offload import Away, HostCopies
@@ -65,7 +65,8 @@ def simulate(
     with ExitStack() as within:
         swaps = within.enter_context(Swaps())
         switch_on(layers_of(model)[:recomputed], swaps, _NowhereCopies() if offload else None)
-        for mode in (standing_for(device.stand_in), ways, found, _loss_is_told_apart(model, found)):
+        apart = _loss_is_told_apart(model, found)
+        for mode in (standing_for(device.stand_in), autocast_without_storage(), ways, found, apart):
             within.enter_context(mode)
         autocast = torch.autocast("cpu", dtype if in_16_bits else torch.bfloat16, enabled=in_16_bits)
         _hold_model(model, found)

@@ -15,7 +15,7 @@ from lora_sft.model.base import BaseSpec, choose_base, name_base, read_config, s
 from lora_sft.model.outline import outline
 from lora_sft.planning.devices import Device
 from lora_sft.planning.simulation import Simulation
-from lora_sft.planning.ways import Ways
+from lora_sft.planning.ways import Ways, autocast_without_storage
 from lora_sft.training.fast import PARTS
 from lora_sft.training.job import spec_of
 
@@ -148,7 +148,7 @@ def subject_of(plan: Blueprint, device: Device) -> Subject:
             cast_matrices(model)
         parts: tuple[Part, ...] = ()
         if plan.config.fast_kernels:
-            with Ways(device.stand_in), Simulation(device.stand_in):
+            with autocast_without_storage(), Ways(device.stand_in), Simulation(device.stand_in):
                 parts = tuple(swap(model, Swaps()) for swap in PARTS)
     implementation = str(getattr(model.config, "_attn_implementation", ""))
     return Subject(model, parts, takes_documents(model) or "flash" in implementation)

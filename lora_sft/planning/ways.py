@@ -3,7 +3,8 @@
 torch chooses them above the place where a `Simulation` looks on, by the device; for `meta` it would choose others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,16 @@ IN_16_BITS = frozenset(
     (
         *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention),
         *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.addbmm, torch.einsum),
-        *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.mv),
+        *(
+            Tensor.matmul,
+            Tensor.__matmul__,
+            Tensor.__rmatmul__,
+            Tensor.mm,
+            Tensor.bmm,
+            Tensor.addmm,
+            Tensor.baddbmm,
+            Tensor.mv,
+        ),
     )
 )
 """What autocast computes in its dtype, of what models of language are made of."""
@@ -51,6 +61,8 @@ class Ways(TorchFunctionMode):
     ) -> Any:
         """A call of torch, with its arguments cast as autocast does."""
         kwargs = dict(kwargs or {})
+        if func is Tensor.__getitem__ and args[0].is_meta:
+            args = (args[0], _with_values_of_lists(args[1]))
         if torch.is_autocast_enabled("cpu") and _any_meta(args, kwargs):
             if func in IN_16_BITS and not _is_position(args):
                 dtype = torch.get_autocast_dtype("cpu")
@@ -75,8 +87,31 @@ class Ways(TorchFunctionMode):
         return self._cast[id(given)][1]
 
 
+@contextmanager
+def autocast_without_storage() -> Iterator[None]:
+    """Within, whoever enters an autocast for the device of a tensor without storage enters that of the CPU, which
+    `Ways` reads: torch 2.13 has none for it, and refuses even to switch one off."""
+    before = torch.autocast.__init__
+
+    def begin(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        before(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = begin  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = before  # type: ignore[method-assign]
+
+
 def _any_meta(args: Any, kwargs: Mapping[str, Any]) -> bool:
     return any(isinstance(one, Tensor) and one.is_meta for one in (*args, *kwargs.values()))
+
+
+def _with_values_of_lists(index: Any) -> Any:
+    """Lists of places as tensors that keep their values: torch would make tensors of them where nobody looks on."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_values_of_lists, index))
+    return torch.tensor(index).to("meta") if isinstance(index, list) else index
 
 
 def _is_position(args: tuple[Any, ...]) -> bool:

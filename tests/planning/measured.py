@@ -52,6 +52,14 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
     "mistral": {"sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "head_dim": 64,
+    },
+    "gpt2": {"n_embd": 640, "n_layer": 6, "n_head": 10},
 }
 
 

@@ -36,12 +36,15 @@ CASES = {
     "gemma3, float32": Case("gemma3_text"),
     "gemma3, NF4, logits and their loss": Case("gemma3_text", "nf4", "bfloat16", {"fast_kernels": False}),
     "mistral, moments in 8 bits": Case("mistral", None, "bfloat16", SMALL_ADAM),
+    "qwen3 with experts, NF4": Case("qwen3_moe", "nf4", "bfloat16"),
+    "gpt2": Case("gpt2"),
     "llama, int8": Case("llama", "int8", "bfloat16"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is")
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_is_foretold_to_half_a_per_cent_and_the_step_to_one(name):
     case = CASES[name]
