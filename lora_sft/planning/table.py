@@ -86,15 +86,16 @@ def picture_of(table: Table) -> str:
         for column, need in enumerate(needs):
             place = next((n for n, card in enumerate(cards) if need <= table.cards[card]), None)
             fill = "#777" if place is None else colours[min(place, len(colours) - 1)]
+            ink = "#111" if fill in colours[1:5] else "#fff"
             x = left + column * width
             shapes.append(f'<rect x="{x}" y="{y}" width="{width - 3}" height="{height - 3}" fill="{fill}" rx="3"/>')
-            shapes.append(f'<text x="{x + 8}" y="{y + 21}" fill="#fff">{need / 2**30:.1f}</text>')
+            shapes.append(f'<text x="{x + 8}" y="{y + 21}" fill="{ink}">{need / 2**30:.1f}</text>')
     bottom = top + len(table.needed) * height + 24
     for n, card in enumerate([*cards, "none of them"]):
         x = 8 + n * 92
         fill = colours[min(n, len(colours) - 1)] if n < len(cards) else "#777"
         shapes.append(f'<rect x="{x}" y="{bottom - 10}" width="12" height="12" fill="{fill}"/>')
         shapes.append(f'<text x="{x + 16}" y="{bottom}">{escape(card)}</text>')
-    size = f'width="{max(left + len(table.lengths) * width, 8 + 92 * (len(cards) + 1)) + 8}" height="{bottom + 16}"'
+    size = f'width="{max(left + len(table.lengths) * width, 100 * (len(cards) + 1)) + 8}" height="{bottom + 16}"'
     style = 'font-family="system-ui, sans-serif" font-size="12"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(shapes)}</svg>\n'
