@@ -45,7 +45,7 @@ from lora_sft.report.progress import LiveDisplay
 from lora_sft.report.views import data_view
 from lora_sft.settings import read_file, resolve
 from lora_sft.training.evaluation import measure
-from lora_sft.training.job import load_speech, make_job
+from lora_sft.training.job import check_positions, load_speech, make_job
 from lora_sft.training.output import OutputFolder
 from lora_sft.training.progress import Listener
 from lora_sft.training.record import read_record
@@ -315,6 +315,7 @@ def plan(
         speech = load_speech(resolved, tokenizer, objects["model"])
         blueprint = blueprint_of(resolved, device, speech, objects["model"])
         work = Workload.of_data(read_data(resolved, speech, objects["dataset"]), speech)
+    check_positions(blueprint.shape, max(map(int, work.lengths)))
     measured = measured_steps(blueprint, work, device) if calibrate else None
     return (choose_settings if resolved.auto else make_plan)(blueprint, work, device, measured)
 

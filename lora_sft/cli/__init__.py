@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return commands.main(arguments, prog_name="lora-sft", standalone_mode=True)
     except LoraSftError as error:
-        _say_error(str(error))
+        _say_error(str(error), everywhere=error.exit_code == 1)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output has gone: `lora-sft schema | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - held until the process ends
@@ -67,11 +67,15 @@ def _add_commands() -> None:
         commands.add_command(module.command)
 
 
-def _say_error(words: str) -> None:
+def _say_error(words: str, everywhere: bool = False) -> None:
+    """On standard error; of several processes in the main one, or, where one may have failed alone, in each."""
     from rich.text import Text
 
-    from lora_sft.console import console
+    from lora_sft.console import console, is_main_process
 
+    if everywhere and not is_main_process():
+        click.echo(f"error (process {os.environ['RANK']}): {words}", err=True)
+        return
     console().print(Text.assemble(("error", "bold red"), ": ", words), soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from lora_sft.cli.options import LOOSE, SettingsCommand, json_option, print_json, read_words, settings_argument
+from lora_sft.errors import SettingError
 
 
 @click.command("plan", cls=SettingsCommand, context_settings=LOOSE)
@@ -34,6 +35,7 @@ def command(
 
     No weights are read. With --auto the settings are chosen. Exit code 3 if it does not fit.
     """
+    _refuse_pairs(as_table, picture, {"lengths": lengths, **target})
     file, settings = read_words(words)
     from lora_sft.api import plan, plan_table
     from lora_sft.console import console, say
@@ -52,3 +54,11 @@ def command(
     print_json(found.to_json()) if as_json else console(results=True).print(plan_view(found))
     if not found.fits:
         ctx.exit(3)
+
+
+def _refuse_pairs(as_table: bool, picture: str | None, others: dict[str, Any]) -> None:
+    """Raises SettingError for options that would have no effect together."""
+    if picture is not None and not as_table:
+        raise SettingError("picture: draws the table; add --table")
+    if as_table and (given := [f"--{name}" for name, value in others.items() if value]):
+        raise SettingError(f"table: tells all cards and lengths; leave out {', '.join(given)}")

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from lora_sft.training.trainer import training_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_job(
     trained = _rehearse(lora, shape, speech) if model is None else 0
     data = read_data(config, speech, dataset, eval_dataset)
     train, evaluation = data.train, data.evaluation
-    _check_positions(shape, [train, evaluation] if evaluation else [train])
+    check_positions(shape.config, max(part.longest for part in (train, evaluation) if part))
     arguments = training_arguments(config, spec.device, spec.dtype, evaluation is not None)
     job = Job(
         config,
@@ -230,9 +230,8 @@ def _name_of(model: "PreTrainedModel", config: RunConfig) -> str:
     return str(model.name_or_path or config.model_name_or_path or "")
 
 
-def _check_positions(shape: "PreTrainedModel", prepared: Sequence[Prepared]) -> None:
-    """No example may be longer than the model has positions."""
-    positions = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(part.longest for part in prepared)
+def check_positions(shape: "PretrainedConfig", longest: int) -> None:
+    """Raises DataError if the longest example, in tokens, has more than the model has positions."""
+    positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:
         raise DataError(f"the longest example has {longest} tokens, the model {positions} positions; lower max_length")

@@ -11,7 +11,7 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 from lora_sft import plan
 from lora_sft.cli import _add_commands, commands
 from lora_sft.config import RunConfig
-from lora_sft.errors import ModelError, SettingError
+from lora_sft.errors import DataError, ModelError, SettingError
 from lora_sft.model.base import BaseSpec, load_base
 from lora_sft.model.outline import outline
 from lora_sft.planning.account import peak_of
@@ -279,6 +279,20 @@ def test_a_run_that_does_not_fit_is_exit_code_3(base):
     assert result.exit_code == 3
     assert "does not fit" in result.stdout
     assert "settings that were looked at" in result.stdout
+
+
+def test_options_that_would_have_no_effect_are_refused(base):
+    for words, why in (
+        (["--picture", "x.svg", "--gpu", "t4"], "picture: draws the table; add --table"),
+        (
+            ["--table", "--gpu", "t4", "--lengths", "5"],
+            "table: tells all cards and lengths; leave out --lengths, --gpu",
+        ),
+    ):
+        with pytest.raises(SettingError, match=why):
+            run("--model", base, *words)
+    with pytest.raises(DataError, match="the longest example has 9999 tokens, the model 4096 positions"):
+        plan(base, lengths=[9999], max_length=9999, gpu="t4")
 
 
 def test_calibration_takes_real_steps_here(base):
