@@ -72,11 +72,14 @@ def memory_of(job: Job, outcome: Outcome, given_model: Any = None) -> dict[str, 
         if on_cpu
         else "torch.cuda.max_memory_allocated",
     }
-    if job.config.preflight and outcome.recomputed is not None:
+    if not job.config.preflight or outcome.recomputed is None:
+        return found
+    try:
         foretold = foretell(job, outcome.recomputed, given_model)
-        found["foretold_bytes"], found["certainty"] = foretold.peak_bytes, foretold.certainty
-        found["parts"] = dict(foretold.parts)
-    return found
+    except Exception as error:  # the run is trained and saved: whatever a model's own code may raise does not undo it
+        return found | {"not_foretold": f"{type(error).__name__}: {str(error)[:200]}"}
+    told = {"foretold_bytes": foretold.peak_bytes, "certainty": foretold.certainty, "parts": dict(foretold.parts)}
+    return found | told
 
 
 def verdict(plan: Plan) -> str:

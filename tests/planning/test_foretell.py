@@ -61,6 +61,16 @@ def test_without_preflight_nothing_is_foretold(base, tmp_path):
     assert "foretold_bytes" not in json.loads((folder / "manifest.json").read_text())["memory"]
 
 
+def test_a_run_is_finished_whatever_happens_to_its_foretelling(base, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("no such model")
+
+    monkeypatch.setattr("lora_sft.planning.foretell.make_plan", refuse)
+    folder = finetune(base, sums(12), output_dir=tmp_path / "run", **FEW).output_dir
+    memory = json.loads((folder / "manifest.json").read_text())["memory"]
+    assert memory["not_foretold"] == "AssertionError: no such model"
+
+
 @pytest.mark.parametrize(("words", "value"), [("5", 5), ("true", True), ("selective", "selective"), ("false", False)])
 def test_so_many_layers_are_asked_for_by_their_number(words, value):
     config = RunConfig(**from_words(("--gradient-checkpointing", words)))
