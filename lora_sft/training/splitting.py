@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_sft.chat.labels import Example
 from lora_sft.config import RunConfig
 from lora_sft.console import warn
+from lora_sft.errors import RunError
 from lora_sft.kernels.swap import Swaps
 from lora_sft.training.batching import Batching, Lengths, computed_tokens, halve, plan_batches
 from lora_sft.training.recompute import bytes_of_first_step, largest_of, recompute_all
@@ -102,8 +103,8 @@ class Splitting(Base):
         that of the whole.
 
         Raises:
-            torch.OutOfMemoryError: one example is too large even if all layers are recomputed, or several processes
-                train together: the others would wait.
+            RunError: one example is too large even if all layers are recomputed.
+            torch.OutOfMemoryError: several processes train together: the others would wait.
         """
         if self.watch is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -203,7 +204,7 @@ class Splitting(Base):
         """Decides what is done about examples that were out of memory together, and says it. The gradients are dropped.
 
         Raises:
-            torch.OutOfMemoryError: there is nothing left to do.
+            RunError: there is nothing left to do.
         """
         device = self.model.device
         self.model.zero_grad(set_to_none=True)
@@ -219,7 +220,10 @@ class Splitting(Base):
             )
             return
         if is_one:
-            raise torch.OutOfMemoryError(self._error)
+            raise RunError(
+                f"out of memory on {device}: one example of {computed:,} tokens does not fit, though all layers are "
+                f"recomputed; lower max_length, or take a smaller optimizer (optim: paged_adamw_8bit) ({self._error})"
+            )
         self._limit = min(self._limit, computed)
         if not self._is_told:
             self._is_told = True
@@ -245,7 +249,7 @@ class Splitting(Base):
         On the CPU nothing is run: being out of memory ends the process there, early or late.
 
         Raises:
-            torch.OutOfMemoryError: as for `training_step`.
+            RunError, torch.OutOfMemoryError: as for `training_step`.
         """
         if not can_be_caught(self.model.device) or self._steps_in_backward() or self.is_fsdp_enabled:
             return
