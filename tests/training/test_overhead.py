@@ -204,7 +204,12 @@ def test_a_matrix_is_measured_when_it_is_asked_for_as_it_was_at_the_start(base, 
 
     monkeypatch.setattr(Growth, "__init__", remember)
     monkeypatch.setattr(Watch, "on_train_end", lambda *args, **kwargs: None)  # it lets go of what is looked at here
-    finetune(base, HARBOUR, output_dir=tmp_path / "run", **FEW | {"load_in_4bit": False, "lora_init": init})
+    settings = FEW | {
+        "load_in_4bit": False,
+        "lora_init": init,
+        "preflight": False,
+    }  # a plan of the run has one of its own
+    finetune(base, HARBOUR, output_dir=tmp_path / "run", **settings)
     (growth,) = growths
     shares = []
     for layer in growth._layers:

@@ -467,7 +467,8 @@ def test_a_slope_that_is_no_number_is_found_in_the_backward_pass():
 @pytest.mark.slow
 def test_what_one_of_two_processes_meets_ends_both_and_is_told(base, tmp_path):
     script = tmp_path / "spoilt.py"
-    words = {**RUN, "model": base, "dataset": HARBOUR, "output_dir": tmp_path / "run", "gradient_accumulation_steps": 1}
+    words = {**COUNTED, "model": base, "dataset": HARBOUR, "output_dir": tmp_path / "run"}
+    words["gradient_accumulation_steps"] = 1
     script.write_text(
         "import math, os\n"
         "import lora_sft.training.trainer as trainer\n"
