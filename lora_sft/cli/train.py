@@ -46,7 +46,7 @@ def command(words: tuple[str, ...], as_json: bool) -> None:
 def _end_together() -> None:
     """Several processes wait for the one that writes, and close what joins them before the interpreter ends.
 
-    Left to its end, one of them aborted in a thread of gloo, once in some hundred runs.
+    torch asks for it; where it was left out, one of two processes was once seen to abort at its end.
     """
     import torch
 
