@@ -1,7 +1,7 @@
 """A run that is prepared → the settings that its plan chooses, and the peak that is foretold for its record."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from lora_sft.console import say
@@ -19,26 +19,6 @@ CHOSEN = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradien
 """What `auto` chooses."""
 
 
-@dataclass(frozen=True)
-class Foretold:
-    """What a plan said of the memory of a run.
-
-    Attributes:
-        peak_bytes: that tensors would hold at most; None where the model cannot be simulated.
-        parts: what they are.
-        certainty: as in `Plan`.
-    """
-
-    peak_bytes: int
-    parts: Mapping[str, int]
-    certainty: str
-
-    @classmethod
-    def of(cls, plan: Plan) -> "Foretold":
-        """From a plan."""
-        return cls(plan.peak.allocated, dict(plan.peak.parts), plan.certainty)
-
-
 def choose(job: Job, before: Mapping[str, Any] | None, given_model: Any = None) -> tuple[Job, Plan | None]:
     """What `auto` asks for: the job with the settings of its plan, the same in all processes.
 
@@ -53,14 +33,14 @@ def choose(job: Job, before: Mapping[str, Any] | None, given_model: Any = None) 
     return with_settings(job, **{name: plan.settings[name] for name in CHOSEN}), plan
 
 
-def foretell(job: Job, recomputed: Any, given_model: Any = None) -> Foretold:
-    """The peak of a run whose settings are all known.
+def foretell(job: Job, recomputed: Any, given_model: Any = None) -> Plan:
+    """The plan of a run whose settings are all known; its seconds mean nothing.
 
     Args:
         recomputed: as `gradient_checkpointing` says what the run does.
     """
-    job = with_settings(job, gradient_checkpointing=recomputed)
-    return Foretold.of(make_plan(*_planned(job, given_model, measures=False)))
+    job = replace(job, config=job.config.model_copy(update={"gradient_checkpointing": recomputed}))
+    return make_plan(*_planned(job, given_model, measures=False))
 
 
 def memory_of(job: Job, outcome: Outcome, given_model: Any = None) -> dict[str, Any]:
@@ -78,8 +58,8 @@ def memory_of(job: Job, outcome: Outcome, given_model: Any = None) -> dict[str, 
         foretold = foretell(job, outcome.recomputed, given_model)
     except Exception as error:  # the run is trained and saved: whatever a model's own code may raise does not undo it
         return found | {"not_foretold": f"{type(error).__name__}: {str(error)[:200]}"}
-    told = {"foretold_bytes": foretold.peak_bytes, "certainty": foretold.certainty, "parts": dict(foretold.parts)}
-    return found | told
+    peak = foretold.peak
+    return found | {"foretold_bytes": peak.allocated, "certainty": foretold.certainty, "parts": dict(peak.parts)}
 
 
 def verdict(plan: Plan) -> str:

@@ -4,8 +4,6 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lora_sft.config import RunConfig
 from lora_sft.kernels.attention import takes_documents
 from lora_sft.kernels.standing import standing_for
@@ -85,8 +83,8 @@ def blueprint_of(
     if device.is_here:
         spec = choose_base(config)
     else:
-        in_words = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-        asked = "bfloat16" if config.bf16 else "float16" if config.fp16 else in_words[device.dtype]
+        usual = str(device.dtype).removeprefix("torch.")
+        asked = "bfloat16" if config.bf16 else "float16" if config.fp16 else usual
         plain = (config.bf16 is False or config.fp16 is False) and not (config.bf16 or config.fp16)
         spec = with_precision(name_base(config), config, "float32" if plain else asked, device.kind)
     shape = read_config(spec, needs_weights=False)

@@ -1,7 +1,7 @@
 """Prepared data, or lengths alone → the micro-batches that a plan is made for: the largest, and the tokens in all."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from lora_sft.training.batching import Batching, BatchPlan, Lengths, plan_batche
 from lora_sft.training.evaluation import pad
 from lora_sft.training.guarding import TOKENS
 from lora_sft.training.loader import Collator
-from lora_sft.training.recompute import largest_batch
+from lora_sft.training.recompute import largest_of
 
 if TYPE_CHECKING:
     from lora_sft.model.tokenizer import Speech
@@ -53,6 +53,7 @@ class Workload:
     evaluation: Sequence[Example] | None
     described: str
     pad_token_id: int = 0
+    _plans: dict[Batching, BatchPlan] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of_data(cls, data: "Job | Data", speech: "Speech") -> "Workload":
@@ -90,11 +91,13 @@ class Workload:
 
     def plan(self, batching: Batching) -> BatchPlan:
         """The micro-batches of an epoch."""
-        return plan_batches(self.lengths, batching)
+        if batching not in self._plans:
+            self._plans[batching] = plan_batches(self.lengths, batching)
+        return self._plans[batching]
 
     def largest(self, batching: Batching) -> dict[str, Any]:
         """The tensors of the micro-batch in which most is computed."""
-        return self.collated(largest_batch(self.lengths, batching), batching)
+        return self.collated(largest_of(self.plan(batching), self.lengths), batching)
 
     def collated(self, indices: Sequence[int], batching: Batching) -> dict[str, Any]:
         """The tensors of a micro-batch."""
